@@ -1,0 +1,544 @@
+"""The recipe: TOML validated by frozen models. Every default lives here; no torch is imported.
+
+A recipe is one TOML file (at most about 60 lines); `--set section.key=value` overrides one key.
+Unknown keys, wrong types and contradictions are errors that name the key, the value, the rule
+and the remedy. Validation never assigns.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from megatron_sip.types import Source
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, strict, unknown keys forbidden."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class Run(Section):
+    task: Literal["ntp", "sip"]
+    """ntp: next-token prediction only, no servers. sip: rollouts, judges, objectives."""
+    dir: Path
+    """Run directory; must be absent or empty."""
+    steps: PositiveInt
+    """Optimizer steps of the whole run."""
+    seed: NonNegativeInt = 1
+    """Root of all randomness: (seed, step, sample, candidate)."""
+
+
+class Fp8(Section):
+    format: Literal["e4m3", "hybrid"] = "hybrid"
+    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "blockwise"
+    """mxfp8 needs Blackwell; delayed keeps an amax history."""
+    param: bool = False
+    """Keep weights themselves in FP8 (gathered in FP8 over data parallel)."""
+    amax_history_len: PositiveInt = 1
+    """Steps of amax history; only the delayed recipe uses it."""
+
+
+class PlatformConfig(Section):
+    kind: Literal["cpu", "cuda"]
+    """cpu: gloo, fp32, local layer spec. cuda: NCCL, bf16, Transformer Engine."""
+    num_threads: PositiveInt = 1
+    """CPU threads of one trainer rank."""
+    fp8: Fp8 | None = None
+    """FP8 layers; cuda only."""
+
+
+class RandomInit(Section):
+    kind: Literal["random"]
+
+
+class MegatronInit(Section):
+    kind: Literal["megatron"]
+    path: Path
+    """A checkpoint folder of ours (`.../step_00000100`) or a run directory (its latest)."""
+
+
+class Model(Section):
+    num_layers: PositiveInt
+    hidden_size: PositiveInt
+    ffn_hidden_size: PositiveInt
+    num_attention_heads: PositiveInt
+    num_query_groups: PositiveInt
+    """KV heads (grouped-query attention)."""
+    max_sequence_length: PositiveInt
+    rotary_base: PositiveInt = 10000
+    norm_epsilon: Positive = 1e-5
+    init_std: Positive = 0.02
+    share_embeddings_and_output_weights: bool = False
+    """Tied embeddings."""
+    init: Annotated[RandomInit | MegatronInit, Field(discriminator="kind")] = RandomInit(
+        kind="random"
+    )
+    """Where the first weights come from."""
+
+
+class Parallel(Section):
+    world_size: PositiveInt
+    """Ranks that torchrun must start; data parallel is world_size / (TP x PP)."""
+    tensor_model_parallel_size: PositiveInt = 1
+    pipeline_model_parallel_size: PositiveInt = 1
+    sequence_parallel: bool = False
+    """Split norms over TP ranks; cuda only (the CPU layer spec refuses it)."""
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.world_size // (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size
+        )
+
+
+class Optimizer(Section):
+    lr: Positive
+    min_lr: NonNegative = 0.0
+    decay_style: Literal["constant", "linear", "cosine"] = "cosine"
+    warmup_steps: NonNegativeInt = 0
+    weight_decay: NonNegative = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: Positive = 1e-8
+    clip_grad: Positive = 1.0
+    """Global gradient-norm limit."""
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+
+
+class Data(Section):
+    tokenizer: Path
+    """sentencepiece .model; its digest must equal the one in the data's manifest."""
+    train: Path
+    """Prefix of .bin/.idx/.manifest.json that samples are drawn from."""
+    validation: Path
+    """Prefix of the validation set."""
+    test: Path
+    """Prefix of the test set; read by the final evaluation only."""
+    prefix_tokens: PositiveInt
+    """P, the longest prefix."""
+    min_prefix_tokens: PositiveInt
+    """The shortest prefix; documents shorter than this plus N are not eligible."""
+    suffix_tokens: PositiveInt
+    """N, tokens to predict and the limit of every candidate."""
+    global_batch_size: PositiveInt
+    """Prompts a step over all ranks."""
+    micro_batch_size: PositiveInt
+    """Prompts a micro-batch on one data-parallel rank; a pool's rows are never parted."""
+
+
+class StartServer(Section):
+    """A vLLM server that rank 0 starts, watches and ends."""
+
+    kind: Literal["start"]
+    model: Path | Literal["policy"]
+    """Hugging Face folder, or "policy": the run's own model, exported at the start."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    max_model_len: PositiveInt
+    max_num_seqs: PositiveInt = 64
+    kv_cache_gib: PositiveInt = 1
+    """CPU only: KV cache size."""
+    num_threads: PositiveInt = 2
+    """CPU only: OpenMP threads of the engine."""
+    gpus: tuple[NonNegativeInt, ...] = ()
+    """CUDA devices of this server; tensor parallel size is their number."""
+    startup_timeout_s: Positive = 300.0
+
+
+class ConnectServer(Section):
+    """A vLLM server that others run."""
+
+    kind: Literal["connect"]
+    url: str
+    """http://host:port without a path."""
+    model: str
+    """Model name that the server must report."""
+    tokenizer: Path
+    """Folder with the server model's tokenizer.json and chat template."""
+    api_key_env: str = ""
+    """Environment variable that holds the bearer token; empty: none (loopback only)."""
+
+
+Server = Annotated[StartServer | ConnectServer, Field(discriminator="kind")]
+
+
+class Rollout(Section):
+    server: str
+    num_rollouts: PositiveInt
+    """K, rollouts of the current policy for one prefix."""
+    temperature: Positive = 1.0
+    top_p: Fraction = 1.0
+    sync_interval: PositiveInt = 1
+    """Optimizer steps between weight exchanges."""
+    weight_transfer: Literal["shared_memory", "nccl"]
+    """shared_memory: one CPU host. nccl: GPUs, vLLM's native trainer engine."""
+    bucket_mib: PositiveInt = 256
+    """Largest piece of weights in flight."""
+    max_logprob_mismatch: Positive
+    """Largest mean |trainer - engine| log-prob a step may show, nats."""
+    concurrency: PositiveInt = 64
+    timeout_s: Positive = 300.0
+
+
+class LikelihoodCriterion(Section):
+    """Mean log-prob of the candidate under the judge model, nats a token."""
+
+    form: Literal["likelihood"]
+    name: str
+    server: str
+    weight: float = 1.0
+    prefix_tokens: PositiveInt = 2048
+    """Judge sees at most this many of the prefix's last policy tokens."""
+
+
+class PairwiseCriterion(Section):
+    """Which of two candidates is better, from label-token probabilities."""
+
+    form: Literal["pairwise"]
+    name: str
+    server: str
+    weight: float = 1.0
+    prompt: str
+    """Name of a file in megatron_sip/prompts."""
+
+
+class PointwiseCriterion(Section):
+    """Yes or no on one candidate, from label-token probabilities."""
+
+    form: Literal["pointwise"]
+    name: str
+    server: str
+    weight: float = 1.0
+    prompt: str
+
+
+Criterion = Annotated[
+    LikelihoodCriterion | PairwiseCriterion | PointwiseCriterion, Field(discriminator="form")
+]
+
+
+class Judge(Section):
+    criteria: tuple[Criterion, ...] = Field(min_length=1)
+    schedule: Literal["all_pairs"] = "all_pairs"
+    cache_dir: Path
+    """Verdicts and rewrites by content, kept across runs; a local disk."""
+    concurrency: PositiveInt = 16
+    """Questions in flight on one data-parallel rank."""
+    timeout_s: Positive = 120.0
+    """Deadline of one question, retries included."""
+    max_missing_rate: Fraction = 0.05
+    """Missing verdicts of one step above which the run stops."""
+
+
+class Rewriter(Section):
+    server: str
+    prompt: str
+    temperature: NonNegative = 0.7
+    top_p: Fraction = 0.95
+    prefix_tokens: PositiveInt = 2048
+    """Rewriter sees at most this many of the prefix's last policy tokens."""
+    max_tokens: PositiveInt
+    """Limit of the rewriter's own tokens; the result is cut to data.suffix_tokens."""
+    concurrency: PositiveInt = 16
+    timeout_s: Positive = 120.0
+
+
+class NllObjective(Section):
+    """-log pi(suffix | prefix), optionally with NTP on the prefix (method 5.1)."""
+
+    name: Literal["nll"]
+    prefix_weight: NonNegative = 0.0
+    """Weight of next-token prediction on the prefix as a second loss term."""
+
+
+class RfNllObjective(Section):
+    """-log pi(best candidate | prefix) (method 5.3)."""
+
+    name: Literal["rf_nll"]
+    prefix_weight: NonNegative = 0.0
+
+
+class DpoObjective(Section):
+    """Online DPO on the best and worst candidate (method 5.4)."""
+
+    name: Literal["dpo"]
+    beta: Positive = 0.1
+    pair_sources: tuple[Source, ...] = ("suffix", "rewrite", "rollout")
+    """Candidates that may be chosen or rejected; the others are scored and logged only."""
+    pairs_per_pool: PositiveInt = 1
+    """Best with worst, second best with second worst, and so on."""
+    suffix_weight: NonNegative = 0.0
+    """Weight of NLL on the original suffix as a second loss term."""
+    prefix_weight: NonNegative = 0.0
+
+
+Objective = Annotated[
+    NllObjective | RfNllObjective | DpoObjective, Field(discriminator="name")
+]
+
+
+class EmergentCurriculum(Section):
+    """All sources from the first step; the judge's choice does the mixing (the paper)."""
+
+    kind: Literal["emergent"]
+    sources: tuple[Source, ...] = Field(min_length=1)
+
+
+class StagedCurriculum(Section):
+    """nll, then rf_nll on suffix, rewrite and few rollouts, then the final objective."""
+
+    kind: Literal["staged"]
+    sources: tuple[Source, ...] = Field(min_length=1)
+    """Pool of the final stage."""
+    nll_tokens: NonNegativeInt
+    """Suffix tokens spent on nll before rf_nll begins."""
+    rf_nll_rollouts: PositiveInt = 1
+    promote_win_rate: Fraction = 0.3
+    """Smoothed rollout win rate over the suffix at which the final stage begins."""
+    demote_win_rate: NonNegative = 0.2
+    """... and below which it falls back to rf_nll (hysteresis)."""
+    smoothing: Fraction = 0.1
+    """Weight of the newest step in the moving average."""
+    min_stage_steps: PositiveInt = 10
+
+
+Curriculum = Annotated[EmergentCurriculum | StagedCurriculum, Field(discriminator="kind")]
+
+
+class Checkpoint(Section):
+    interval: PositiveInt
+    """Steps between checkpoints; one is always written at the end."""
+
+
+class Evaluation(Section):
+    num_prefixes: PositiveInt
+    """Test prefixes, sampled once from data.test."""
+    server: str = ""
+    """sip only: judge server whose likelihood decides a win."""
+    prefix_tokens: PositiveInt = 2048
+    """That judge sees at most this many of the prefix's last policy tokens."""
+    bootstrap: PositiveInt = 2000
+    """Resamples for the 95 % interval."""
+    seed: NonNegativeInt = 20_000
+    """Root of the test prefixes and of both policies' samples; no other seed moves them."""
+
+
+class Config(Section):
+    run: Run
+    platform: PlatformConfig
+    model: Model
+    parallel: Parallel
+    optimizer: Optimizer
+    data: Data
+    objective: Objective
+    checkpoint: Checkpoint
+    evaluation: Evaluation
+    servers: dict[str, Server] = {}
+    rollout: Rollout | None = None
+    judge: Judge | None = None
+    rewriter: Rewriter | None = None
+    curriculum: Curriculum | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        problems = [message for holds, message in _rules(self) if not holds]
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def _rules(c: Config) -> list[tuple[bool, str]]:
+    """(holds, message) for each rule that spans sections."""
+    m, p, d = c.model, c.parallel, c.data
+    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    sections = {"servers": c.servers, "rollout": c.rollout, "judge": c.judge}
+    rules = [
+        (m.hidden_size % m.num_attention_heads == 0,
+         f"model.hidden_size {m.hidden_size} must be a multiple of model.num_attention_heads "
+         f"{m.num_attention_heads}"),
+        (m.num_attention_heads % m.num_query_groups == 0,
+         f"model.num_attention_heads {m.num_attention_heads} must be a multiple of "
+         f"model.num_query_groups {m.num_query_groups}"),
+        (m.num_query_groups % tp == 0,
+         f"model.num_query_groups {m.num_query_groups} must be a multiple of "
+         f"parallel.tensor_model_parallel_size {tp}; lower the latter"),
+        (m.ffn_hidden_size % tp == 0,
+         f"model.ffn_hidden_size {m.ffn_hidden_size} must be a multiple of "
+         f"parallel.tensor_model_parallel_size {tp}"),
+        (m.num_layers % pp == 0,
+         f"model.num_layers {m.num_layers} must be a multiple of "
+         f"parallel.pipeline_model_parallel_size {pp}"),
+        (p.world_size % (tp * pp) == 0,
+         f"parallel.world_size {p.world_size} must be a multiple of TP x PP = {tp * pp}"),
+        (d.global_batch_size % (d.micro_batch_size * max(1, p.data_parallel_size)) == 0,
+         f"data.global_batch_size {d.global_batch_size} must be a multiple of "
+         f"data.micro_batch_size x data-parallel size = "
+         f"{d.micro_batch_size} x {p.data_parallel_size}"),
+        (d.min_prefix_tokens <= d.prefix_tokens,
+         f"data.min_prefix_tokens {d.min_prefix_tokens} must not exceed data.prefix_tokens "
+         f"{d.prefix_tokens}"),
+        (d.prefix_tokens + d.suffix_tokens <= m.max_sequence_length,
+         f"data.prefix_tokens + data.suffix_tokens = {d.prefix_tokens + d.suffix_tokens} must "
+         f"not exceed model.max_sequence_length {m.max_sequence_length}"),
+        (c.optimizer.warmup_steps < c.run.steps,
+         f"optimizer.warmup_steps {c.optimizer.warmup_steps} must be below run.steps "
+         f"{c.run.steps}"),
+        (c.optimizer.min_lr <= c.optimizer.lr,
+         f"optimizer.min_lr {c.optimizer.min_lr} must not exceed optimizer.lr {c.optimizer.lr}"),
+        (c.platform.kind == "cuda" or (c.platform.fp8 is None and not p.sequence_parallel),
+         'platform.fp8 and parallel.sequence_parallel need platform.kind = "cuda"'),
+    ]  # fmt: skip
+    if c.run.task == "ntp":
+        rules += [(not v, f'run.task = "ntp" uses no [{k}]; remove it') for k, v in sections.items()]
+        rules.append((c.objective.name == "nll", 'run.task = "ntp" needs objective.name = "nll"'))
+        return rules
+    rules += [(bool(v), f'run.task = "sip" needs a [{k}] section') for k, v in sections.items()]
+    rules.append((c.curriculum is not None, 'run.task = "sip" needs a [curriculum] section'))
+    return rules + _sip_rules(c) if all(holds for holds, _ in rules) else rules
+
+
+def _sip_rules(c: Config) -> list[tuple[bool, str]]:
+    """Rules on servers, sources and objective of a valid SIP recipe."""
+    assert c.rollout and c.judge and c.curriculum
+    users = {"rollout.server": c.rollout.server, "evaluation.server": c.evaluation.server}
+    users |= {f"judge.criteria[{i}].server": x.server for i, x in enumerate(c.judge.criteria)}
+    if c.rewriter:
+        users["rewriter.server"] = c.rewriter.server
+    rules = [
+        (name in c.servers, f'{key} names server "{name}", but recipe has {sorted(c.servers)}')
+        for key, name in users.items()
+    ]
+    sources = set(c.curriculum.sources)
+    names = [x.name for x in c.judge.criteria]
+    rules += [
+        ("rewrite" not in sources or c.rewriter is not None,
+         'curriculum.sources contains "rewrite", which needs a [rewriter] section'),
+        ("rewrite" in sources or c.rewriter is None,
+         '[rewriter] is given, but curriculum.sources has no "rewrite"; add it or remove the '
+         "section"),
+        (len(set(names)) == len(names), f"judge.criteria names must differ, got {names}"),
+        (c.rollout.weight_transfer != "nccl" or c.platform.kind == "cuda",
+         'rollout.weight_transfer = "nccl" needs platform.kind = "cuda"; use "shared_memory"'),
+        (c.rollout.weight_transfer != "shared_memory" or c.platform.kind == "cpu",
+         'rollout.weight_transfer = "shared_memory" works on the CPU only; use "nccl"'),
+    ]  # fmt: skip
+    if isinstance(c.objective, DpoObjective):
+        rules.append(
+            (set(c.objective.pair_sources) <= sources,
+             f"objective.pair_sources {c.objective.pair_sources} must be among "
+             f"curriculum.sources {c.curriculum.sources}"))  # fmt: skip
+    return rules
+
+
+def _known_keys(section: Any) -> list[str]:
+    """Keys of the models that `section` (a type annotation) may validate."""
+    if isinstance(section, type) and issubclass(section, BaseModel):
+        return list(section.model_fields)
+    args = getattr(section, "__args__", ()) or ()
+    return [key for arg in args for key in _known_keys(arg)]
+
+
+def _annotation(location: tuple[int | str, ...]) -> Any:
+    """Type annotation of the section at `location`; union tags and indices add nothing."""
+    section: Any = Config
+    for part in location:
+        while not (isinstance(section, type) and issubclass(section, BaseModel)):
+            models = [a for a in getattr(section, "__args__", ()) if _known_keys(a)]
+            tagged = [a for a in models if part in _tags(a)]
+            if tagged:
+                section = tagged[0]
+                break
+            if len(models) != 1:
+                return section
+            section = models[0]
+        else:
+            field = section.model_fields.get(str(part))
+            section = field.annotation if field else section
+    return section
+
+
+def _tags(model: Any) -> list[str]:
+    fields = getattr(model, "model_fields", {})
+    return [
+        value
+        for key in ("kind", "form", "name")
+        if key in fields
+        for value in getattr(fields[key].annotation, "__args__", ())
+    ]
+
+
+def _explain(error: dict[str, Any]) -> str:
+    """One line for one pydantic error: key, value, rule, remedy."""
+    location = error["loc"]
+    key = ".".join(str(part) for part in location)
+    if error["type"] == "extra_forbidden":
+        known = _known_keys(_annotation(location[:-1]))
+        near = difflib.get_close_matches(str(location[-1]), known, n=1)
+        remedy = f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(known)}"
+        return f"{key}: unknown key; {remedy}"
+    if error["type"] == "missing":
+        return f"{key}: required and missing"
+    if error["type"] == "value_error":
+        return error["msg"].removeprefix("Value error, ")
+    return f"{key} is {error['input']!r}: {error['msg']}"
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    """Apply one `section.key=value`; the value is TOML, or a bare string."""
+    path, found, text = override.partition("=")
+    if not found or not path.strip():
+        raise ValueError(f"--set {override!r} is not of the form section.key=value")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, key = path.strip().split(".")
+    for name in sections:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"--set {override!r}: {name} is not a section")
+    tree[key] = value
+
+
+def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
+    """Read and validate a recipe.
+
+    Raises: ValueError naming each wrong key, its value, the rule and the remedy.
+    """
+    try:
+        tree = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"--config {path}: no such file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _set(tree, override)
+    try:
+        return Config.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        lines = [_explain(dict(e)) for e in error.errors(include_url=False)]
+        raise ValueError(f"{path}:\n  " + "\n  ".join(lines)) from None
+
+
+def api_key(server: ConnectServer) -> str:
+    """Bearer token of a connected server from the environment; "" when it needs none."""
+    if not server.api_key_env:
+        return ""
+    key = os.environ.get(server.api_key_env, "")
+    if not key:
+        raise ValueError(f"environment variable {server.api_key_env} is empty; set it")
+    return key

