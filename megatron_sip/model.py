@@ -1,0 +1,157 @@
+"""Config -> Megatron-Core GPTModel, its first weights, and the data-parallel wrapper."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_sip.config import Config, Model, Optimizer, Parallel
+from megatron_sip.platform import Platform
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The model under training."""
+
+    config: Any  # megatron.core TransformerConfig
+    module: Any  # GPTModel of this rank
+    ddp: Any  # the same, wrapped for data parallel (and half precision on CUDA)
+
+
+def transformer_config(model: Model, parallel: Parallel, platform: Platform) -> Any:
+    """Megatron-Core TransformerConfig: RMSNorm, SwiGLU, grouped-query attention, no dropout."""
+    from megatron.core.transformer.transformer_config import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_epsilon,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        init_method_std=model.init_std,
+        perform_initialization=False,  # `initialize_randomly` does, the same for every layout
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        calculate_per_token_loss=True,
+        **platform.transformer_config_fields(),
+    )
+
+
+def build_module(config: Any, model: Model, platform: Platform, *, vocab_size: int) -> Any:
+    """GPTModel of this rank with uninitialised weights.
+
+    Raises: ValueError if the vocabulary cannot be split over tensor-parallel ranks.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    tp = config.tensor_model_parallel_size
+    if vocab_size % tp:
+        raise ValueError(
+            f"tokenizer has {vocab_size} pieces, which parallel.tensor_model_parallel_size {tp} "
+            "does not divide; train a tokenizer whose size it divides"
+        )
+    module = GPTModel(
+        config=config,
+        transformer_layer_spec=platform.decoder_spec(config),
+        vocab_size=vocab_size,
+        max_sequence_length=model.max_sequence_length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        parallel_output=True,
+        share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
+        position_embedding_type="rope",
+        rotary_base=model.rotary_base,
+    )
+    return module.to(platform.device)
+
+
+def global_name(name: str, module: Any) -> str:
+    """Parameter name with the layer's index in the whole model, not in this pipeline stage."""
+    parts = name.split(".")
+    if parts[:2] == ["decoder", "layers"]:
+        parts[2] = str(module.decoder.layers[int(parts[2])].layer_number - 1)
+    return ".".join(parts)
+
+
+def initialize_randomly(module: Any, model: Model, *, seed: int) -> None:
+    """Fill the weights from (seed, global parameter name): the same model for every layout.
+
+    Normal with `init_std`; matrices that write into the residual stream are scaled by
+    1/sqrt(2 x layers); norms are one.
+    """
+    from megatron.core import parallel_state
+
+    tp = parallel_state.get_tensor_model_parallel_world_size()
+    rank = parallel_state.get_tensor_model_parallel_rank()
+    for local_name, parameter in module.named_parameters():
+        name = global_name(local_name, module)
+        if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+            name = "embedding.word_embeddings.weight"  # the last stage's copy of a tied matrix
+        if parameter.dim() == 1:
+            parameter.data.fill_(1.0)
+            continue
+        into_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+        std = model.init_std / (math.sqrt(2 * model.num_layers) if into_residual else 1.0)
+        dim = 1 if into_residual else 0  # row-parallel, column-parallel
+        shape = list(parameter.shape)
+        shape[dim] *= tp
+        words = np.frombuffer(name.encode().ljust(4 * -(-len(name) // 4)), dtype=np.uint32)
+        generator = torch.Generator().manual_seed(
+            int(np.random.SeedSequence([seed, *words.tolist()]).generate_state(1)[0])
+        )
+        full = torch.empty(shape, dtype=torch.float32, device="cpu")
+        full.normal_(0.0, std, generator=generator)
+        if name.endswith("linear_fc1.weight"):  # a rank holds its slice of gate, then of up
+            gate, up = full.chunk(2)
+            local = torch.cat([gate.chunk(tp)[rank], up.chunk(tp)[rank]])
+        else:
+            local = full.chunk(tp, dim)[rank]
+        parameter.data.copy_(local)
+
+
+def wrap_data_parallel(
+    config: Any, module: Any, optimizer: Optimizer, platform: Platform
+) -> Policy:
+    """Megatron's DistributedDataParallel over the module, sharded for its optimizer."""
+    from megatron.core.distributed import (
+        DistributedDataParallel,
+        DistributedDataParallelConfig,
+    )
+    from megatron.core.transformer.module import Float16Module
+
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=optimizer.overlap_grad_reduce,
+        overlap_param_gather=optimizer.overlap_param_gather,
+        check_for_nan_in_grad=True,
+        **platform.ddp_config_fields(),
+    )
+    inner = module if platform.params_dtype == torch.float32 else Float16Module(config, module)
+    ddp = DistributedDataParallel(config=config, ddp_config=ddp_config, module=inner)
+    ddp.broadcast_params()
+    return Policy(config=config, module=module, ddp=ddp)
+
+
+def frozen_copy(policy: Policy, config: Config, platform: Platform, *, vocab_size: int) -> Any:
+    """A second module with the policy's present weights, without gradients (the reference)."""
+    reference_config = copy.copy(policy.config)
+    reference = build_module(reference_config, config.model, platform, vocab_size=vocab_size)
+    if platform.params_dtype != torch.float32:
+        reference = reference.to(platform.params_dtype)
+    reference.load_state_dict(policy.module.state_dict())
+    reference.requires_grad_(False)
+    return reference.eval()

@@ -1,0 +1,78 @@
+"""Assemble candidate pools, rank them by reward, and say what chance alone would choose. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from megatron_sip.types import Candidate, CandidatePool, PoolRewards, SipSample, Source
+
+
+def chance_of_rollout(sources: Sequence[Source]) -> float:
+    """Probability that a uniform pick from one pool is a policy rollout.
+
+    Args:    sources: length C, one of "suffix", "rewrite", "rollout".
+    Returns: fraction in [0, 1], no unit; log it beside the rollout-chosen rate.
+    Raises:  ValueError if the pool is empty.
+    """
+    if not sources:
+        raise ValueError("a pool without candidates has no chance rate")
+    return sum(source == "rollout" for source in sources) / len(sources)
+
+
+def suffix_candidate(sample: SipSample, text: str) -> Candidate:
+    """The original suffix as a member of the pool."""
+    return Candidate("suffix", sample.suffix_ids, text, np.zeros(0, np.float32), -1, "data")
+
+
+def assemble_pool(
+    sample: SipSample,
+    prefix_text: str,
+    candidates: Sequence[Candidate],
+    *,
+    min_tokens: int,
+) -> tuple[CandidatePool, int]:
+    """Join one prefix's candidates; those too short to judge leave before a question is paid.
+
+    Args:    min_tokens: fewest tokens of a candidate (method 12: N / 8).
+    Returns: the pool, and how many candidates left it.
+    Raises:  ValueError if the pool would be empty.
+    """
+    kept = tuple(c for c in candidates if len(c.token_ids) >= min_tokens and c.text.strip())
+    if not kept:
+        raise ValueError(
+            f"sample {sample.sample_id}: all {len(candidates)} candidates are shorter than "
+            f"{min_tokens} tokens or blank; put the suffix into curriculum.sources"
+        )
+    chance = chance_of_rollout([c.source for c in kept])
+    return CandidatePool(sample, prefix_text, kept, chance), len(candidates) - len(kept)
+
+
+def rank(rewards: PoolRewards, *, seed: int, sample_id: int) -> list[int]:
+    """Valid candidates by rising total reward; ties in an order drawn from (seed, sample).
+
+    Never by position in the pool, which would favour one source (method 12).
+    """
+    generator = np.random.Generator(np.random.Philox(key=[seed, sample_id]))
+    draw = generator.random(len(rewards.valid))
+    order = np.lexsort((draw, rewards.total))
+    return [int(i) for i in order if rewards.valid[i]]
+
+
+def rollout_wins(pool: CandidatePool, rewards: PoolRewards) -> tuple[float, int]:
+    """Wins of valid rollouts over the pool's suffix by total reward, ties half.
+
+    Returns: (sum of wins, comparisons); (0, 0) where the pool has no valid suffix.
+    """
+    totals = [
+        (c.source, float(total))
+        for c, total, valid in zip(pool.candidates, rewards.total, rewards.valid, strict=True)
+        if valid
+    ]
+    suffix = [total for source, total in totals if source == "suffix"]
+    rollouts = [total for source, total in totals if source == "rollout"]
+    if not suffix:
+        return 0.0, 0
+    wins = sum(1.0 if r > suffix[0] else 0.5 if r == suffix[0] else 0.0 for r in rollouts)
+    return wins, len(rollouts)
