@@ -45,7 +45,7 @@ setup(
     },
     entry_points={
         "vllm.general_plugins": [
-            "megatron_sip_weight_transfer = megatron_sip.rollout.shared_memory_backend:register",
+            "megatron_sip_weight_transfer = megatron_sip.rollout.vllm_plugin:register",
         ],
     },
 )

@@ -430,7 +430,8 @@ def _sip_rules(c: Config) -> list[tuple[bool, str]]:
         ("rewrite" in sources or c.rewriter is None,
          '[rewriter] is given, but curriculum.sources has no "rewrite"; add it or remove the '
          "section"),
-        (len(set(names)) == len(names), f"judge.criteria names must differ, got {names}"),
+        (len({*names, "chosen", "rejected"}) == len(names) + 2,
+         f'judge.criteria names must differ, and not be "chosen" or "rejected"; got {names}'),
         (c.rollout.weight_transfer != "nccl" or c.platform.kind == "cuda",
          'rollout.weight_transfer = "nccl" needs platform.kind = "cuda"; use "shared_memory"'),
         (c.rollout.weight_transfer != "shared_memory" or c.platform.kind == "cpu",
@@ -444,41 +445,11 @@ def _sip_rules(c: Config) -> list[tuple[bool, str]]:
     return rules
 
 
-def _known_keys(section: Any) -> list[str]:
-    """Keys of the models that `section` (a type annotation) may validate."""
-    if isinstance(section, type) and issubclass(section, BaseModel):
-        return list(section.model_fields)
-    args = getattr(section, "__args__", ()) or ()
-    return [key for arg in args for key in _known_keys(arg)]
-
-
-def _annotation(location: tuple[int | str, ...]) -> Any:
-    """Type annotation of the section at `location`; union tags and indices add nothing."""
-    section: Any = Config
-    for part in location:
-        while not (isinstance(section, type) and issubclass(section, BaseModel)):
-            models = [a for a in getattr(section, "__args__", ()) if _known_keys(a)]
-            tagged = [a for a in models if part in _tags(a)]
-            if tagged:
-                section = tagged[0]
-                break
-            if len(models) != 1:
-                return section
-            section = models[0]
-        else:
-            field = section.model_fields.get(str(part))
-            section = field.annotation if field else section
-    return section
-
-
-def _tags(model: Any) -> list[str]:
-    fields = getattr(model, "model_fields", {})
-    return [
-        value
-        for key in ("kind", "form", "name")
-        if key in fields
-        for value in getattr(fields[key].annotation, "__args__", ())
-    ]
+def _nearest_key(unknown: str) -> str:
+    """Remedy for an unknown key: the known key most like it, if any is."""
+    known = {key for section in (Config, *Section.__subclasses__()) for key in section.model_fields}
+    near = difflib.get_close_matches(unknown, sorted(known), n=1)
+    return f'did you mean "{near[0]}"?' if near else "remove it; the keys stand in config.py"
 
 
 def _explain(error: dict[str, Any]) -> str:
@@ -486,10 +457,7 @@ def _explain(error: dict[str, Any]) -> str:
     location = error["loc"]
     key = ".".join(str(part) for part in location)
     if error["type"] == "extra_forbidden":
-        known = _known_keys(_annotation(location[:-1]))
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        remedy = f'did you mean "{near[0]}"?' if near else f"known keys: {', '.join(known)}"
-        return f"{key}: unknown key; {remedy}"
+        return f"{key}: unknown key; {_nearest_key(str(location[-1]))}"
     if error["type"] == "missing":
         return f"{key}: required and missing"
     if error["type"] == "value_error":

@@ -92,6 +92,17 @@ def broadcast_object(value: Any, *, src: int = 0, group: Any = None) -> Any:
     return box[0]
 
 
+def share(value: Any) -> Any:
+    """The I/O rank's `value` on every rank of its model-parallel replica."""
+    from megatron.core import parallel_state
+
+    return broadcast_object(
+        value,
+        src=parallel_state.get_model_parallel_src_rank(),
+        group=parallel_state.get_model_parallel_group(),
+    )
+
+
 def broadcast_rows(
     batches: Sequence[TrainRows] | None, ranks: Ranks, platform: Platform
 ) -> list[TrainRows]:
@@ -111,7 +122,7 @@ def broadcast_rows(
         shapes = [
             {n: (tuple(getattr(b, n).shape), getattr(b, n).dtype) for n in names} for b in batches
         ]
-    shapes = broadcast_object(shapes, src=src, group=group)
+    shapes = share(shapes)
     received = []
     for i, layout in enumerate(shapes):
         tensors = {}

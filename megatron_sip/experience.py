@@ -1,0 +1,206 @@
+"""What an I/O rank gathers for one step: samples, rollouts, rewrites, verdicts, picks.
+
+`LiveExperience` asks servers, `RecordedExperience` replays the ledger of another run, and
+`PlainExperience` (next-token prediction) only samples. All return the same records.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from megatron_sip.config import Objective
+from megatron_sip.data.sampler import PrefixSuffixSampler
+from megatron_sip.data.tokenizer import Tokenizer
+from megatron_sip.judge.judge import Judge
+from megatron_sip.learner import Means
+from megatron_sip.metrics import METRICS, PhaseTimer
+from megatron_sip.objectives import OBJECTIVES
+from megatron_sip.pool import assemble_pool, rank, rollout_wins, suffix_candidate
+from megatron_sip.pool_store import PoolRecord, read_pools
+from megatron_sip.rewriter import Rewriter
+from megatron_sip.rollout.vllm_engine import VllmEngine
+from megatron_sip.types import Candidate, CandidatePool, Plan, PoolRewards, SipSample
+
+
+class Experience(Protocol):
+    """Makes the records of this rank's prompts of one step."""
+
+    def make(
+        self, plan: Plan, settings: Objective, *, step: int, first_sample: int,
+        positions: np.ndarray,
+    ) -> tuple[list[PoolRecord], Means]:  # fmt: skip
+        """Args: first_sample: sample id of position 0 of the global batch; positions: this rank's."""
+        ...
+
+
+def no_rewards(num_candidates: int) -> PoolRewards:
+    """Rewards of a pool that nobody judged."""
+    nan = np.full(num_candidates, np.nan, np.float32)
+    return PoolRewards({}, nan, np.zeros(num_candidates, bool), 0)
+
+
+@dataclass
+class PlainExperience:
+    """Samples alone: next-token prediction."""
+
+    sampler: PrefixSuffixSampler
+    timer: PhaseTimer
+
+    def make(self, plan, settings, *, step, first_sample, positions):  # noqa: ANN001, ANN201
+        with self.timer("sample"):
+            samples = [self.sampler[first_sample + int(p)] for p in positions]
+        pools = [CandidatePool(sample, "", (), 0.0) for sample in samples]
+        rewards = [no_rewards(0) for _ in pools]
+        picks = OBJECTIVES[settings.name][0](pools, rewards, settings, [()] * len(pools))
+        records = [
+            PoolRecord(step, int(p), pool, reward, (), pick)
+            for p, pool, reward, pick in zip(positions, pools, rewards, picks, strict=True)
+        ]
+        return records, {}
+
+
+@dataclass
+class LiveExperience:
+    """Asks the rollout, rewriter and judge servers."""
+
+    sampler: PrefixSuffixSampler
+    tokenizer: Tokenizer
+    engine: VllmEngine
+    judge: Judge
+    rewriter: Rewriter | None
+    timer: PhaseTimer
+    seed: int
+    min_candidate_tokens: int
+    dp_size: int
+
+    def make(self, plan, settings, *, step, first_sample, positions):  # noqa: ANN001, ANN201
+        with self.timer("sample"):
+            samples = [self.sampler[first_sample + int(p)] for p in positions]
+        with self.timer("rollout"):
+            rollouts = self._rollouts(samples, plan, step)
+        with self.timer("rewrite"):
+            rewrites, means = self._rewrites(samples, plan)
+        pools, guarded = self._pools(samples, plan, rollouts, rewrites)
+        with self.timer("judge"):
+            rewards, verdicts, judge_stats = self.judge.judge_pools(pools, seed=self.seed)
+        order = [
+            rank(r, seed=self.seed, sample_id=p.sample.sample_id)
+            for p, r in zip(pools, rewards, strict=True)
+        ]
+        picks = OBJECTIVES[settings.name][0](pools, rewards, settings, order)
+        records = [
+            PoolRecord(step, int(position), *rest)
+            for position, *rest in zip(positions, pools, rewards, verdicts, picks, strict=True)
+        ]
+        means |= self._totals("pool", {"dropped": guarded})
+        means |= self._totals("judge", judge_stats)
+        means |= rollout_means(rollouts)
+        return records, means
+
+    def _totals(self, group: str, counts: Mapping[str, float]) -> Means:
+        """Counts as (sum, count) pairs whose mean over replicas' pairs is the global sum."""
+        share = 1.0 / self.dp_size
+        return {
+            f"{group}/{name}": (float(value), share)
+            for name, value in counts.items()
+            if f"{group}/{name}" in METRICS
+        }
+
+    def _rollouts(
+        self, samples: Sequence[SipSample], plan: Plan, step: int
+    ) -> list[list[Candidate]]:
+        if "rollout" not in plan.sources:
+            return [[] for _ in samples]
+        return self.engine.generate(samples, plan.num_rollouts, seed=self.seed, step=step)
+
+    def _rewrites(
+        self, samples: Sequence[SipSample], plan: Plan
+    ) -> tuple[list[Candidate | None], Means]:
+        if "rewrite" not in plan.sources or self.rewriter is None:
+            return [None] * len(samples), {}
+        rewrites, stats = self.rewriter.rewrite(samples, seed=self.seed)
+        return rewrites, self._totals("rewrite", stats)
+
+    def _pools(
+        self,
+        samples: Sequence[SipSample],
+        plan: Plan,
+        rollouts: Sequence[Sequence[Candidate]],
+        rewrites: Sequence[Candidate | None],
+    ) -> tuple[list[CandidatePool], int]:
+        """Pools in the order suffix, rewrite, rollouts; and how many candidates were guarded out."""
+        pools, guarded = [], 0
+        for sample, mine, rewrite in zip(samples, rollouts, rewrites, strict=True):
+            prefix_text, suffix_text = self.tokenizer.continuation_text(
+                sample.prefix_ids, sample.suffix_ids
+            )
+            members = [suffix_candidate(sample, suffix_text)] if "suffix" in plan.sources else []
+            members += [rewrite] if rewrite is not None else []
+            pool, left = assemble_pool(
+                sample, prefix_text, [*members, *mine], min_tokens=self.min_candidate_tokens
+            )
+            pools.append(pool)
+            guarded += left
+        return pools, guarded
+
+
+@dataclass
+class RecordedExperience:
+    """Replays the committed pools of a run directory, at any data-parallel size."""
+
+    pools_dir: Path
+    dp_rank: int
+    dp_size: int
+
+    def make(self, plan, settings, *, step, first_sample, positions):  # noqa: ANN001, ANN201
+        records = read_pools(self.pools_dir, step, dp_rank=self.dp_rank, dp_size=self.dp_size)
+        if [r.position for r in records] != positions.tolist():
+            raise ValueError(
+                f"{self.pools_dir}: step {step} holds {len(records)} pools for this rank, the "
+                f"recipe wants {len(positions)}; use the data.global_batch_size of the recording"
+            )
+        return records, {}
+
+
+def rollout_means(rollouts: Sequence[Sequence[Candidate]]) -> Means:
+    """Lengths of this replica's rollouts."""
+    lengths = [len(c.token_ids) for of_sample in rollouts for c in of_sample]
+    if not lengths:
+        return {}
+    return {"rollout/length": (float(sum(lengths)), float(len(lengths)))}
+
+
+def pool_means(records: Sequence[PoolRecord]) -> Means:
+    """What the pools say: who was chosen, by chance and in fact, rewards, wins, dead pools."""
+    means: dict[str, list[float]] = {}
+
+    def add(name: str, value: float, count: float = 1.0) -> None:
+        entry = means.setdefault(name, [0.0, 0.0])
+        entry[0] += value
+        entry[1] += count
+
+    for record in records:
+        candidates = record.pool.candidates
+        for pick in record.picks:
+            if pick.role not in ("chosen", "rejected", "target") or pick.candidate < 0:
+                continue
+            add("pool/skipped", float(pick.weight == 0))
+            if pick.weight == 0:
+                continue
+            name = "rejected" if pick.role == "rejected" else "chosen"
+            add(f"reward/{name}", float(record.rewards.total[pick.candidate]))
+            if name == "chosen":
+                rollout = candidates[pick.candidate].source == "rollout"
+                add("pool/rollout_chosen_rate", float(rollout))
+                add("pool/rollout_chance_rate", record.pool.chance_rollout)
+        add("pool/rollout_win_rate", *rollout_wins(record.pool, record.rewards))
+        for criterion, scores in record.rewards.by_criterion.items():
+            known = scores[~np.isnan(scores)]
+            add(f"reward/{criterion}", float(known.sum()), len(known))
+    return {name: (value, count) for name, (value, count) in means.items()}
+

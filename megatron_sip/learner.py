@@ -1,0 +1,166 @@
+"""One optimizer step from rows: reference, loss, gradients, checks, update.
+
+The gradient of the step is d/dtheta sum_k weight_k x sum_k / count_k, every count over all
+micro-batches and data-parallel ranks. Megatron divides the summed gradients by the summed token
+counts, so each micro-batch's loss is scaled by the global number of scored tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_sip.config import DpoObjective, Objective
+from megatron_sip.forward import forward_backward, with_reference
+from megatron_sip.model import Policy
+from megatron_sip.objectives import OBJECTIVES
+from megatron_sip.objectives.terms import total_loss
+from megatron_sip.parallel import Ranks, maximum, sum_over_data_parallel
+from megatron_sip.platform import Platform
+from megatron_sip.types import LossTerm, TrainRows
+
+Loss = Callable[[torch.Tensor, TrainRows, Any], tuple[LossTerm, ...]]
+Means = dict[str, tuple[float, float]]  # metric -> (sum, count), to be merged over ranks
+TOKENS = "scored tokens"
+
+
+class StepStopped(RuntimeError):
+    """A check failed before the optimizer committed; the weights are those of the last step."""
+
+
+@dataclass
+class Learner:
+    """Policy, optimizer and schedule of this rank."""
+
+    policy: Policy
+    optimizer: Any
+    scheduler: Any
+    ranks: Ranks
+    platform: Platform
+    max_logprob_mismatch: float = math.inf
+
+    def learn(
+        self,
+        batches: Sequence[TrainRows],
+        settings: Objective,
+        *,
+        reference: Any,
+        version: int,
+        fresh_reference: bool,
+    ) -> tuple[Means, np.ndarray]:
+        """Train on one step's micro-batches.
+
+        Args:    reference: frozen module, or None when the objective needs none.
+                 version: policy version that the forward pass runs with.
+                 fresh_reference: reference and policy are equal, so margins must be exactly 0.
+        Returns: metrics of this rank, and trainer minus engine log-probs of the rollouts that
+                 the present weights made; both empty on ranks that do not report the loss.
+        Raises:  StepStopped on every rank, before the optimizer commits.
+        """
+        if needs_reference(settings):
+            batches = with_reference(reference, batches)
+        loss = OBJECTIVES[settings.name][1]
+        counts = self._global_counts(batches, settings, loss)
+        self.policy.ddp.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        micro = _micro_loss(loss, settings, counts, version)
+        reports = forward_backward(self.policy.ddp, batches, micro)
+        if not self.ranks.reports_loss:
+            reports = []
+        means = merge([r["means"] for r in reports])
+        gaps = np.concatenate([np.zeros(0, np.float32), *(r["gaps"] for r in reports)])
+        if means:
+            means["loss"] = (means["loss"][0], 1.0 / self.ranks.dp_size)
+        self._check(means, gaps, fresh_reference=fresh_reference)
+        updated, grad_norm, _ = (
+            self.optimizer.step() if counts[TOKENS] else (True, 0.0, None)
+        )  # without a scored token the gradient is 0, and Adam's moments must not move the weights
+        if not updated or not math.isfinite(grad_norm):
+            raise StepStopped(f"the optimizer refused the step: gradient norm {grad_norm}")
+        lr = self.scheduler.optimizer.param_groups[0]["lr"]
+        self.scheduler.step(increment=1)
+        if self.ranks.is_main:
+            means |= {"grad_norm": (float(grad_norm), 1.0), "lr": (lr, 1.0)}
+        return means, gaps
+
+    def _global_counts(
+        self, batches: Sequence[TrainRows], settings: Objective, loss: Loss
+    ) -> dict[str, float]:
+        """Count of each term and of scored tokens over all ranks, from the rows alone."""
+        local: dict[str, float] = {TOKENS: 0.0}
+        for rows in batches:
+            local[TOKENS] += int(_live_tokens(rows))
+            for term in loss(torch.zeros_like(rows.rollout_logprobs), rows, settings):
+                local[term.name] = local.get(term.name, 0.0) + float(term.count)
+        totals = sum_over_data_parallel(list(local.values()), self.platform)
+        return dict(zip(local, totals, strict=True))
+
+    def _check(self, means: Means, gaps: np.ndarray, *, fresh_reference: bool) -> None:
+        """Agree over all ranks that this step may be committed."""
+        loss = means.get("loss", (0.0, 1.0))[0]
+        if math.isinf(maximum(loss, self.platform)):
+            raise StepStopped(f"the loss is not finite (this rank: {loss}); no weight was changed")
+        mismatch = maximum(float(np.abs(gaps).mean()) if len(gaps) else 0.0, self.platform)
+        if mismatch > self.max_logprob_mismatch:
+            raise StepStopped(
+                f"trainer and rollout engine differ by {mismatch:.3g} nats a token on average, "
+                f"rollout.max_logprob_mismatch is {self.max_logprob_mismatch:.3g}; the engine "
+                "holds other weights or computes otherwise: look at dtype, attention backend and "
+                "the last weight exchange"
+            )
+        margin = abs(means.get("objective/margin", (0.0, 0.0))[0]) if fresh_reference else 0.0
+        if maximum(margin, self.platform) > 0:
+            raise StepStopped(
+                f"policy and reference hold the same weights, but margins sum to {margin:.3g} "
+                "instead of 0: they are not scored by the same numerics"
+            )
+
+
+def needs_reference(settings: Objective) -> bool:
+    """True for objectives that compare with a frozen reference policy."""
+    return isinstance(settings, DpoObjective)
+
+
+def _live_tokens(rows: TrainRows) -> torch.Tensor:
+    """Number of labels in segments of weight > 0, int32[]."""
+    live = torch.cat([rows.weights > 0, rows.weights.new_zeros(1, dtype=torch.bool)])
+    return live[rows.segment_ids.long()].sum().int()  # index -1 is the appended False
+
+
+def _micro_loss(
+    loss: Loss, settings: Objective, counts: dict[str, float], version: int
+) -> Callable[[torch.Tensor, TrainRows], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
+    """Loss of one micro-batch in Megatron's terms, with its report."""
+
+    def micro(logprobs_RS: torch.Tensor, rows: TrainRows) -> Any:
+        terms = loss(logprobs_RS, rows, settings)
+        scaled = total_loss(terms, counts)
+        means: Means = {"loss": (float(scaled.detach()), 0.0)}
+        for term in terms:
+            means |= {k: (float(v[0]), float(v[1])) for k, v in term.metrics.items()}
+        report = {"means": means, "gaps": engine_gaps(logprobs_RS.detach(), rows, version)}
+        return scaled * counts[TOKENS], _live_tokens(rows), report
+
+    return micro
+
+
+def engine_gaps(logprobs_RS: torch.Tensor, rows: TrainRows, version: int) -> np.ndarray:
+    """Trainer minus engine log-probs, nats, on rollouts made by weights `version`; float32[T]."""
+    current = torch.cat([rows.policy_versions == version, rows.roles.new_zeros(1).bool()])
+    mask_RS = current[rows.segment_ids.long()]
+    return (logprobs_RS - rows.rollout_logprobs)[mask_RS].float().cpu().numpy()
+
+
+def merge(parts: Sequence[Means]) -> Means:
+    """Add up (sum, count) pairs by name."""
+    total: Means = {}
+    for part in parts:
+        for name, (value, count) in part.items():
+            old = total.get(name, (0.0, 0.0))
+            total[name] = (old[0] + value, old[1] + count)
+    return total

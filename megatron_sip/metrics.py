@@ -1,0 +1,175 @@
+"""Metrics of a run: the table of names, the JSON-lines file, phase times, means over ranks.
+
+No metric has a name outside the table, so that what is logged is what is documented.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Metric:
+    """What a number is."""
+
+    unit: str
+    meaning: str
+
+
+METRICS: dict[str, Metric] = {
+    "loss": Metric("nats", "sum of the objective's terms, each over its own global count"),
+    "grad_norm": Metric("1", "global gradient norm before clipping"),
+    "lr": Metric("1", "learning rate of this step"),
+    "objective/nll": Metric("nats/token", "negative log-likelihood of the targets"),
+    "objective/suffix_nll": Metric("nats/token", "... of the original suffixes beside DPO"),
+    "objective/prefix_nll": Metric("nats/token", "... of the prefixes"),
+    "objective/dpo": Metric("nats/pair", "DPO loss; ln 2 where policy = reference"),
+    "objective/margin": Metric("nats", "log-ratio of chosen minus log-ratio of rejected"),
+    "objective/margin_accuracy": Metric("fraction", "live pairs with a positive margin"),
+    "objective/chosen_logratio": Metric("nats", "policy minus reference, sum over a chosen"),
+    "objective/rejected_logratio": Metric("nats", "policy minus reference, sum over a rejected"),
+    "reward/chosen": Metric("reward", "total reward of the chosen candidates"),
+    "reward/rejected": Metric("reward", "total reward of the rejected candidates"),
+    "pool/rollout_chosen_rate": Metric("fraction", "live pools whose best candidate is a rollout"),
+    "pool/rollout_chance_rate": Metric("fraction", "the same, had the choice been uniform"),
+    "pool/rollout_win_rate": Metric("fraction", "rollouts better than their suffix, ties half"),
+    "pool/skipped": Metric("fraction", "picks of weight 0: no contrast, or too few candidates"),
+    "pool/dropped": Metric("candidates", "candidates too short or blank, gone before judging"),
+    "judge/verdicts": Metric("verdicts", "questions answered, cache included"),
+    "judge/missing": Metric("verdicts", "questions without a usable verdict"),
+    "judge/cache_hits": Metric("verdicts", "questions answered from the cache"),
+    "judge/verdicts_per_s": Metric("verdicts/s", "verdicts over the judge phase"),
+    "judge/prompt_tokens": Metric("tokens", "prompt tokens that judge servers were sent"),
+    "rewrite/rewrites": Metric("rewrites", "kept rewrites"),
+    "rewrite/copied": Metric("rewrites", "kept rewrites that equal the suffix"),
+    "rewrite/dropped": Metric("rewrites", "refused, empty or too short; they left their pool"),
+    "rewrite/failed": Metric("rewrites", "dropped for want of a reply"),
+    "rewrite/cache_hits": Metric("rewrites", "rewrites taken from the cache"),
+    "rollout/tokens_per_s": Metric("tokens/s", "generated tokens over the rollout phase"),
+    "rollout/length": Metric("tokens", "mean length of a rollout"),
+    "rollout/logprob_mismatch": Metric("nats", "mean |trainer - engine| over rollout tokens"),
+    "rollout/logprob_mismatch_p99": Metric("nats", "... its 99th percentile"),
+    "rollout/logprob_mismatch_max": Metric("nats", "... its largest value"),
+    "rollout/kl": Metric("nats/token", "KL(engine || trainer) estimated on the rollouts"),
+    "policy/version": Metric("version", "weights that the rollout server holds after the step"),
+    "policy/lag": Metric("steps", "largest age of the weights that made a rollout"),
+    "sync/seconds": Metric("s", "one whole weight exchange"),
+    "sync/pause_s": Metric("s", "the part of it in which the rollout server answers nobody"),
+    "curriculum/stage": Metric("stage", "0 nll, 1 rf_nll, 2 final"),
+    "curriculum/win_rate": Metric("fraction", "smoothed rollout win rate that moves the stage"),
+    "data/consumed_samples": Metric("samples", "prefixes of the run so far; the data position"),
+    "data/tokens": Metric("tokens", "scored tokens of the run so far"),
+    "memory/host_gib": Metric("GiB", "resident memory of rank 0"),
+    "memory/host_peak_gib": Metric("GiB", "its peak since the start"),
+    "memory/device_peak_gib": Metric("GiB", "peak of the accelerator's memory on rank 0"),
+    "eval/nll": Metric("nats/token", "held-out negative log-likelihood of suffixes"),
+    "eval/win_rate": Metric("fraction", "policy over baseline on test prefixes, ties half"),
+    "eval/win_rate_low": Metric("fraction", "lower end of its 95 % interval"),
+    "eval/win_rate_high": Metric("fraction", "upper end of its 95 % interval"),
+}  # fmt: skip
+PATTERNS: dict[str, Metric] = {
+    r"reward/[^/\s]+": Metric("reward", "mean over valid candidates of the criterion so named"),
+    r"time/[a-z][a-z0-9_]*_s": Metric("s", "seconds of the phase so named on rank 0"),
+}
+
+
+def metric(name: str) -> Metric:
+    """Unit and meaning of a metric.
+
+    Raises: ValueError for a name that neither the table nor a pattern knows.
+    """
+    if name in METRICS:
+        return METRICS[name]
+    for pattern, found in PATTERNS.items():
+        if re.fullmatch(pattern, name):
+            return found
+    near = difflib.get_close_matches(name, METRICS, n=1)
+    remedy = f'did you mean "{near[0]}"?' if near else "add it to metrics.METRICS"
+    raise ValueError(f'metric "{name}" is not in the table of metrics; {remedy}')
+
+
+class MetricLogger:
+    """Appends one JSON object a step to metrics.jsonl; each line is on its way when `log` returns.
+
+    A resumed run repeats the steps after its checkpoint: the last line of a step counts. Half a
+    line, left by a run that was killed while writing, is removed.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        path = run_dir / "metrics.jsonl"
+        self._file = path.open("ab+")
+        self._file.seek(0)
+        self._file.truncate(self._file.read().rfind(b"\n") + 1)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one line, keys sorted.
+
+        JSON has no NaN: such a number becomes null, and "non_finite" says what it was.
+
+        Raises: ValueError for an unknown metric; nothing is written then.
+        """
+        for name in metrics:
+            metric(name)
+        values = {name: float(value) for name, value in metrics.items()}
+        strange = {name: str(v) for name, v in values.items() if not math.isfinite(v)}
+        line: dict[str, Any] = {"step": step, **values, **dict.fromkeys(strange)}
+        if strange:
+            line["non_finite"] = strange
+        self._file.write(json.dumps(line, sort_keys=True, allow_nan=False).encode() + b"\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class PhaseTimer:
+    """Seconds by phase: `with timer("rollout"): ...`, repeated phases add up.
+
+    A phase inside another counts in both. `current` is the innermost open phase, "" between
+    phases; another thread may read it.
+    """
+
+    def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.current = ""
+        self._clock = clock
+        self._seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        outer, start = self.current, self._clock()
+        self.current = phase
+        try:
+            yield
+        finally:
+            self.current = outer
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + self._clock() - start
+
+    def take(self) -> dict[str, float]:
+        """{"time/rollout_s": seconds, ...} of the phases closed since the last call."""
+        taken = {f"time/{phase}_s": seconds for phase, seconds in self._seconds.items()}
+        self._seconds = {}
+        return taken
+
+
+def reduce_means(ranks: Sequence[Mapping[str, tuple[float, float]]]) -> dict[str, float]:
+    """Global means from each rank's (sum, count).
+
+    Args:    ranks: for each rank, name -> (sum, count); a rank may lack a name.
+    Returns: name -> sum of sums / sum of counts, names sorted; absent where nothing was counted.
+    """
+    means = {}
+    for name in sorted({name for rank in ranks for name in rank}):
+        pairs = [rank[name] for rank in ranks if name in rank]
+        count = sum(count for _, count in pairs)
+        if count:
+            means[name] = sum(total for total, _ in pairs) / count
+    return means

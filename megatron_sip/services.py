@@ -1,0 +1,154 @@
+"""Servers of a run and the clients that speak to them, built from the recipe."""
+
+from __future__ import annotations
+
+import json
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_sip.config import Config, ConnectServer, LikelihoodCriterion, StartServer
+from megatron_sip.convert.huggingface import llama_config
+from megatron_sip.data.tokenizer import Tokenizer
+from megatron_sip.judge.cache import Cache
+from megatron_sip.judge.judge import Judge
+from megatron_sip.judge.served_model import ServedModel, folder_digest
+from megatron_sip.judge.text_model import JudgeTokenizer
+from megatron_sip.platform import Platform
+from megatron_sip.rewriter import Rewriter
+from megatron_sip.rollout.vllm_engine import VllmEngine
+from megatron_sip.serving.client import Endpoint
+from megatron_sip.serving.fleet import Fleet
+from megatron_sip.types import SipSample
+
+
+@dataclass(frozen=True)
+class Services:
+    """Clients of one I/O rank."""
+
+    engine: VllmEngine
+    judge: Judge
+    evaluation_judge: Judge
+    rewriter: Rewriter | None
+
+
+def check_models(config: Config) -> None:
+    """Before anything is started: model folders exist and hold no code.
+
+    Raises: ValueError naming server, folder and remedy.
+    """
+    for name, server in config.servers.items():
+        folder = server.tokenizer if isinstance(server, ConnectServer) else server.model
+        if folder == "policy":
+            continue
+        folder = Path(folder)
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(
+                f"servers.{name}: {folder} has no tokenizer.json; for the quickstart's judge run "
+                "tools/convert_checkpoint.py gguf-to-hf (make quickstart does)"
+            )
+        code = sorted(p.name for p in folder.rglob("*.py"))
+        auto_map = "auto_map" in json.loads((folder / "config.json").read_text())
+        if code or auto_map:
+            raise ValueError(
+                f"servers.{name}: {folder} brings code ({code or 'auto_map in config.json'}); "
+                "model folders with code are refused, remove it"
+            )
+
+
+def start_fleet(
+    config: Config, platform: Platform, *, tokenizer: Tokenizer, stack: ExitStack
+) -> Fleet:
+    """Start all local servers on rank 0; the policy's folder holds a config and no weights."""
+    assert config.rollout is not None
+    run_dir = config.run.dir
+    dirs = {}
+    for name, server in config.servers.items():
+        if not isinstance(server, StartServer):
+            continue
+        if server.model == "policy":
+            folder = run_dir / "servers" / name
+            folder.mkdir(parents=True)
+            description = llama_config(
+                config.model,
+                vocab_size=tokenizer.vocab_size,
+                eos_token_id=tokenizer.eod,
+                dtype=platform.params_dtype,
+            )
+            (folder / "config.json").write_text(json.dumps(description, indent=1))
+            dirs[name] = folder
+        else:
+            dirs[name] = Path(server.model)
+    fleet = Fleet(
+        config.servers,
+        model_dirs=dirs,
+        log_dir=run_dir / "logs",
+        platform_kind=config.platform.kind,
+        policy=config.rollout.server,
+        weight_transfer=config.rollout.weight_transfer,
+    )
+    return stack.enter_context(fleet)
+
+
+def connect(
+    config: Config, endpoints: dict[str, Endpoint], *, tokenizer: Tokenizer, stack: ExitStack
+) -> Services:
+    """Clients of all servers for one I/O rank."""
+    assert config.rollout is not None and config.judge is not None
+    rollout = config.rollout
+    engine = VllmEngine(
+        endpoints[rollout.server],
+        tokenizer,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        max_tokens=config.data.suffix_tokens,
+        concurrency=rollout.concurrency,
+        timeout_s=rollout.timeout_s,
+    )
+    cache = Cache(config.judge.cache_dir)
+    stack.callback(cache.close)
+    evaluation = LikelihoodCriterion(
+        form="likelihood",
+        name="evaluation",
+        server=config.evaluation.server,
+        prefix_tokens=config.evaluation.prefix_tokens,
+    )
+    used = {c.server for c in config.judge.criteria} | {evaluation.server}
+    if config.rewriter:
+        used.add(config.rewriter.server)
+    models = {name: _served_model(config, name, endpoints[name]) for name in used}
+
+    def prefix_text(sample: SipSample, num_tokens: int) -> str:
+        return tokenizer.decode(sample.prefix_ids[-num_tokens:])
+
+    def make_judge(criteria: tuple) -> Judge:
+        assert config.judge is not None
+        servers = {c.server: models[c.server] for c in criteria}
+        return Judge(
+            criteria, servers=servers, cache=cache, settings=config.judge, prefix_text=prefix_text
+        )
+
+    rewriter = None
+    if config.rewriter:
+        rewriter = Rewriter(
+            config.rewriter,
+            server=models[config.rewriter.server],
+            cache=cache,
+            tokenizer=tokenizer,
+            suffix_tokens=config.data.suffix_tokens,
+        )
+    return Services(engine, make_judge(config.judge.criteria), make_judge((evaluation,)), rewriter)
+
+
+def _served_model(config: Config, name: str, endpoint: Endpoint) -> ServedModel:
+    server = config.servers[name]
+    if isinstance(server, ConnectServer):
+        return ServedModel(endpoint, JudgeTokenizer(server.tokenizer), server.model)
+    folder = Path(server.model)
+    return ServedModel(endpoint, JudgeTokenizer(folder), folder_digest(folder))
+
+
+def local_address() -> str:
+    """Address of rank 0's host, as torchrun knows it (the NCCL exchange listens there)."""
+    return os.environ.get("MASTER_ADDR", "127.0.0.1")

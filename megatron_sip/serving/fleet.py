@@ -1,0 +1,161 @@
+"""All servers of a run, as rank 0 owns them: start together, watch, restart one, end all."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from megatron_sip.config import ConnectServer, StartServer, api_key
+from megatron_sip.serving.health import ServerFailed, probe_named
+from megatron_sip.serving.processes import POLL_S, ServerProcess, Watchdog, reserve_port
+from megatron_sip.serving.server import server_command
+
+CONNECT_TIMEOUT_S = 60.0
+PROGRESS_S = 5.0
+
+
+class Endpoint(NamedTuple):
+    """Where requests for one server go."""
+
+    url: str
+    model_name: str
+    api_key: str
+
+
+class Fleet:
+    """Servers of a run. The constructor starts none; `start` or the `with` statement does.
+
+    Args of the constructor:
+        servers: [servers] of the recipe.
+        model_dirs: Hugging Face folder of each `start` server.
+        log_dir: existing folder for NAME.log and watchdog.log.
+        platform_kind: platform.kind.
+        policy: name of the rollout server.
+        weight_transfer: vLLM backend of the policy's weight exchange.
+    """
+
+    def __init__(
+        self,
+        servers: Mapping[str, StartServer | ConnectServer],
+        *,
+        model_dirs: Mapping[str, Path],
+        log_dir: Path,
+        platform_kind: Literal["cpu", "cuda"],
+        policy: str,
+        weight_transfer: str,
+    ) -> None:
+        self._starts = {n: s for n, s in servers.items() if isinstance(s, StartServer)}
+        self._connects = {n: s for n, s in servers.items() if isinstance(s, ConnectServer)}
+        self._model_dirs = dict(model_dirs)
+        self._log_dir = log_dir
+        self._platform_kind: Literal["cpu", "cuda"] = platform_kind
+        self._policy, self._weight_transfer = policy, weight_transfer
+        self._running: dict[str, ServerProcess] = {}
+        self._watchdog: Watchdog | None = None
+
+    def start(self) -> None:
+        """Start every local server at once; returns before they are up.
+
+        Raises: ValueError if a server's settings contradict the platform; close the fleet then.
+        """
+        for name in self._starts:
+            self._launch(name)
+
+    def wait(self, on_wait: Callable[[str, float], None] = lambda name, seconds: None) -> None:
+        """Wait until every server is up and serves the right model.
+
+        Args: on_wait: called every 5 s with each waiting server's name and the seconds so far.
+        Raises: ServerFailed if one dies, serves another model or is late.
+        """
+        begin = time.monotonic()
+        pending, told_s = [*self._connects, *self._starts], 0.0
+        while pending:
+            seconds = time.monotonic() - begin
+            pending = [name for name in pending if not self._ready(name, seconds)]
+            if seconds - told_s >= PROGRESS_S:
+                told_s = seconds
+                for name in pending:
+                    on_wait(name, seconds)
+            time.sleep(POLL_S if pending else 0)
+
+    @property
+    def endpoints(self) -> dict[str, Endpoint]:
+        """Where to reach each server by name; a restart changes its url and key."""
+        remote = {n: Endpoint(s.url, s.model, api_key(s)) for n, s in self._connects.items()}
+        local = {n: Endpoint(s.url, n, s.api_key) for n, s in self._running.items()}
+        return remote | local
+
+    def check(self) -> None:
+        """Raises: ServerFailed if a local server died; all of it is ended then. Costs < 1 ms."""
+        if self._watchdog:
+            self._watchdog.ensure()
+        for server in self._running.values():
+            server.check()
+
+    def restart(self, name: str) -> Endpoint:
+        """End one local server, start it anew and wait; the policy comes back with stale weights.
+
+        Raises: ServerFailed as `wait`.
+        """
+        self._running.pop(name).stop()
+        self._launch(name)
+        self._running[name].wait_healthy(self._starts[name].startup_timeout_s)
+        return self.endpoints[name]
+
+    def close(self) -> None:
+        """End every local server, all at once, and the watchdog; may be called twice."""
+        running, self._running = self._running, {}
+        with ThreadPoolExecutor(max_workers=len(running) + 1) as pool:
+            stops = [pool.submit(server.stop) for server in running.values()]
+        if self._watchdog:
+            self._watchdog.close()
+            self._watchdog = None
+        for stop in stops:
+            stop.result()
+
+    def __enter__(self) -> Fleet:
+        try:
+            self.start()
+        except ValueError:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _launch(self, name: str) -> None:
+        settings, port = self._starts[name], reserve_port()
+        role: Literal["policy", "text"] = "policy" if name == self._policy else "text"
+        argv, env = server_command(
+            settings,
+            name=name,
+            model_dir=self._model_dirs[name],
+            port=port.getsockname()[1],
+            platform_kind=self._platform_kind,
+            role=role,
+            weight_transfer=self._weight_transfer if role == "policy" else None,
+        )
+        if self._watchdog is None:
+            self._watchdog = Watchdog(log_path=self._log_dir / "watchdog.log")
+        log_path = self._log_dir / f"{name}.log"
+        self._running[name] = ServerProcess(
+            name, argv=argv, env=env, port=port, log_path=log_path, watchdog=self._watchdog
+        )
+
+    def _ready(self, name: str, seconds: float) -> bool:
+        """One look at one server, `seconds` after the start."""
+        if name in self._running:
+            server, limit_s = self._running[name], self._starts[name].startup_timeout_s
+            ready = server.healthy()
+            if not ready and seconds > limit_s:
+                raise server.late(limit_s)
+            return ready
+        remote = self._connects[name]
+        lacks = probe_named(name, url=remote.url, model=remote.model, api_key=api_key(remote))
+        if lacks and seconds > CONNECT_TIMEOUT_S:
+            raise ServerFailed(name, reason=f"not reachable for {seconds:.0f} s: {lacks}")
+        return not lacks

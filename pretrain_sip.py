@@ -1,0 +1,41 @@
+"""Pretrain with Megatron-Core, and improve the policy with itself and its judges.
+
+    torchrun --nproc-per-node 2 pretrain_sip.py --config configs/quickstart.toml
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_sip.config import load_config
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, required=True, help="recipe (configs/*.toml)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", dest="overrides",
+        help="override one key of the recipe, e.g. --set optimizer.lr=1e-5 (repeatable)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--pools", type=Path, default=None, metavar="DIR",
+        help="learn from the recorded pools of another run (its pools/ folder) instead of servers",
+    )  # fmt: skip
+    arguments = parser.parse_args()
+    try:
+        config = load_config(arguments.config, tuple(arguments.overrides))
+        from megatron_sip.train import train  # torch and Megatron-Core, once the recipe is right
+
+        train(config, pools_dir=arguments.pools)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":  # saving checkpoints starts processes that import this file
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""Tokenizer: exact round trip, borders of text, errors, deterministic training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sip.data.tokenizer import Tokenizer
+from megatron_sip.data.tokenizer_training import train_tokenizer
+
+TEXTS = [f"The state of the union number {i} is strong.\n\nWe café thank you.\n" for i in range(50)]
+# U+2581 is sentencepiece's own space; lone surrogates are no UTF-8.
+ANY_TEXT = st.text(st.characters(exclude_characters="\u2581", exclude_categories=["Cs"]))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tokenizer") / "t.model"
+    return train_tokenizer(iter(TEXTS), vocab_size=320, output=path)
+
+
+@given(text=ANY_TEXT)
+def test_any_text_survives_encoding_and_decoding(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@given(text=ANY_TEXT, data=st.data())
+def test_prefix_and_candidate_text_add_up_to_the_text_at_every_cut(
+    tokenizer: Tokenizer, text: str, data: st.DataObject
+) -> None:
+    ids = tokenizer.encode(text)
+    cut = data.draw(st.integers(0, len(ids)))
+    prefix_text, candidate_text = tokenizer.continuation_text(
+        ids[:cut], [*ids[cut:], tokenizer.eod]
+    )
+    assert prefix_text + candidate_text == text
+
+
+def test_a_character_whose_bytes_are_parted_goes_to_the_candidate(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("the \u65e5 x")
+    first_byte = tokenizer.encode("the ")
+    cut = len(first_byte) + 1  # one of three bytes in the prefix
+    assert tokenizer.continuation_text(ids[:cut], ids[cut:]) == ("the ", "\u65e5 x")
+    assert tokenizer.decode(ids[:cut]) == "the \ufffd"
+
+
+def test_leading_space_of_a_continuation_is_kept(tokenizer: Tokenizer) -> None:
+    prefix, suffix = tokenizer.encode("The state"), tokenizer.encode(" of the union")
+    assert tokenizer.continuation_text(prefix, np.array(suffix, dtype=np.int32)) == (
+        "The state",
+        " of the union",
+    )
+
+
+def test_end_of_document_adds_no_text_and_markup_in_text_is_only_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("a</s><unk><0x41>")
+    assert tokenizer.eod not in ids
+    assert tokenizer.decode([*ids, tokenizer.eod]) == "a</s><unk><0x41>"
+
+
+def test_word_starts_marks_the_tokens_that_begin_with_a_space(tokenizer: Tokenizer) -> None:
+    assert tokenizer.word_starts.shape == (tokenizer.vocab_size,)
+    assert tokenizer.word_starts.dtype == bool
+    for token in tokenizer.encode("".join(TEXTS)):
+        assert tokenizer.word_starts[token] == tokenizer.decode([token]).startswith(" ")
+
+
+def test_training_twice_gives_the_same_bytes(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    again = train_tokenizer(iter(TEXTS), vocab_size=320, output=tmp_path / "again.model")
+    assert again.digest == tokenizer.digest == Tokenizer.load(tmp_path / "again.model").digest
+    assert [p.name for p in tmp_path.iterdir()] == ["again.model"]
+
+
+def test_failed_training_leaves_no_file_and_names_the_cause(tmp_path: Path) -> None:
+    def broken() -> Iterator[str]:
+        yield "some text"
+        raise ValueError("corpus/a.jsonl:7: not valid JSON")
+
+    with pytest.raises(ValueError, match=r"^corpus/a\.jsonl:7: not valid"):
+        train_tokenizer(broken(), vocab_size=300, output=tmp_path / "t.model")
+    with pytest.raises(ValueError, match="--vocab-size 9000"):
+        train_tokenizer(iter(TEXTS), vocab_size=9000, output=tmp_path / "t.model")
+    with pytest.raises(ValueError, match="no text"):
+        train_tokenizer(iter(()), vocab_size=300, output=tmp_path / "t.model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_missing_or_broken_model_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none.model cannot be read .*train_tokenizer"):
+        Tokenizer.load(tmp_path / "none.model")
+    for content in (b"", b"not a model"):
+        (tmp_path / "bad.model").write_bytes(content)
+        with pytest.raises(ValueError, match=r"bad\.model"):
+            Tokenizer.load(tmp_path / "bad.model")
+
+
+def test_ids_outside_the_vocabulary_are_an_error(tokenizer: Tokenizer) -> None:
+    for wrong in (-1, tokenizer.vocab_size):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 320\)"):
+            tokenizer.decode([5, wrong])

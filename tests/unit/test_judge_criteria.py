@@ -1,0 +1,121 @@
+import json
+import math
+
+import pytest
+from judge_helpers import labels_reply, likelihood_reply, make_model_folder
+
+from megatron_sip.judge.criteria import (
+    FORMS,
+    Subject,
+    UnusableReply,
+    build_labels,
+    build_likelihood,
+    parse_labels,
+    parse_likelihood,
+)
+from megatron_sip.judge.prompts import load_prompt
+from megatron_sip.judge.text_model import JudgeTokenizer
+from megatron_sip.types import Question
+
+QUESTION = Question("c", 0, 1, 0, True)
+SWAPPED = Question("c", 0, 1, 0, False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return JudgeTokenizer(make_model_folder(tmp_path_factory.mktemp("model")))
+
+
+def likelihood(tokenizer, prefix="the world", text=" of words"):
+    return build_likelihood(
+        Subject(prefix, text), question=QUESTION, tokenizer=tokenizer, prompt=None
+    )
+
+
+def pairwise(tokenizer, question=QUESTION):
+    return build_labels(
+        Subject("P", "AAA", "BBB"),
+        question=question,
+        tokenizer=tokenizer,
+        prompt=load_prompt("quality_pairwise_v1"),
+    )
+
+
+def test_likelihood_is_the_mean_over_the_continuation_only(tokenizer):
+    request = likelihood(tokenizer)
+    reply = likelihood_reply(request.body)
+    values = [-float(i) for i in range(1, request.num_scored + 1)]
+    rows = reply["choices"][0]["prompt_logprobs"]
+    for row, token, value in zip(
+        rows[-len(values) :], request.body["prompt"][-len(values) :], values, strict=True
+    ):
+        row[str(token)]["logprob"] = value
+    assert parse_likelihood(reply, request) == pytest.approx(sum(values) / len(values))
+
+
+def test_an_empty_continuation_is_not_asked(tokenizer):
+    with pytest.raises(UnusableReply, match="no token"):
+        likelihood(tokenizer, text="")
+
+
+def test_the_first_token_of_a_request_is_not_scored(tokenizer):
+    request = likelihood(tokenizer, prefix="", text="the world of words")
+    assert request.num_scored == len(request.body["prompt"]) - 1
+    with pytest.raises(UnusableReply):
+        likelihood(tokenizer, prefix="", text="x")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.5, None, "-1", True, -9999.0])
+def test_an_odd_log_prob_is_no_score(tokenizer, value):
+    request = likelihood(tokenizer)
+    reply = json.loads(json.dumps(likelihood_reply(request.body, value)))
+    with pytest.raises(UnusableReply):
+        parse_likelihood(reply, request)
+    request = pairwise(tokenizer)
+    with pytest.raises(UnusableReply):
+        parse_labels(labels_reply({request.label_ids[0]: value}), request)
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {},
+        {"choices": []},
+        {"choices": [1]},
+        {"choices": [{}, {}]},
+        {"choices": [{"prompt_logprobs": None, "logprobs": None}]},
+        {"choices": [{"prompt_logprobs": [None], "logprobs": {"top_logprobs": []}}]},
+        {"choices": [{"prompt_logprobs": {}, "logprobs": {"top_logprobs": [None]}}]},
+        {"choices": [{"prompt_logprobs": "x", "logprobs": {"top_logprobs": [{}]}}]},
+    ],
+)
+@pytest.mark.parametrize("form", sorted(FORMS))
+def test_a_reply_of_another_shape_is_no_score(tokenizer, reply, form):
+    request = likelihood(tokenizer) if form == "likelihood" else pairwise(tokenizer)
+    with pytest.raises(UnusableReply):
+        FORMS[form].parse(reply, request)
+
+
+def test_a_reply_about_other_tokens_is_no_score(tokenizer):
+    request = likelihood(tokenizer)
+    other = {"prompt": [t + 1 for t in request.body["prompt"]]}
+    with pytest.raises(UnusableReply):
+        parse_likelihood(likelihood_reply(other), request)
+
+
+def test_labels_give_the_first_labels_share(tokenizer):
+    request = pairwise(tokenizer)
+    one, two = request.label_ids
+    reply = labels_reply({one: math.log(0.3), two: math.log(0.1), 7: math.log(0.5)})
+    assert parse_labels(reply, request) == pytest.approx(0.75)
+    assert parse_labels(labels_reply({two: -1.0}), request) == 0.0
+    with pytest.raises(UnusableReply, match="no label"):
+        parse_labels(labels_reply({7: -0.1}), request)
+
+
+def test_the_order_of_presentation_is_the_questions(tokenizer):
+    texts = [
+        tokenizer._trusted.decode(pairwise(tokenizer, q).body["prompt"])
+        for q in (QUESTION, SWAPPED)
+    ]
+    assert [t.index("AAA") < t.index("BBB") for t in texts] == [True, False]

@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_sip.config import LikelihoodCriterion, PairwiseCriterion
+from megatron_sip.judge.scoring import score_pool
+from megatron_sip.types import Verdict
+
+PAIR = PairwiseCriterion(
+    form="pairwise", name="q", server="j", prompt="quality_pairwise_v1", weight=2.0
+)
+SINGLE = LikelihoodCriterion(form="likelihood", name="l", server="j", weight=0.5)
+
+
+@st.composite
+def pools(draw, missing=True):
+    """(C, verdicts) of all pairs and all candidates."""
+    num = draw(st.integers(2, 7))
+    pair = st.floats(0, 1)
+    single = st.floats(-10, 0)
+    if missing:
+        pair, single = st.none() | pair, st.none() | single
+    verdicts = [
+        Verdict("q", i, j, 0, draw(pair), "") for i in range(num) for j in range(i + 1, num)
+    ]
+    verdicts += [Verdict("l", i, -1, v, draw(single), "") for i in range(num) for v in range(2)]
+    return num, verdicts
+
+
+@given(pools(missing=False))
+def test_pairwise_scores_of_a_full_pool_sum_to_half_its_size(pool):
+    num, verdicts = pool
+    rewards = score_pool(verdicts, num, (PAIR,))
+    assert rewards.by_criterion["q"].sum() == pytest.approx(num / 2, rel=1e-5)
+    assert rewards.valid.all() and rewards.num_missing == 0
+
+
+@given(pools(), st.randoms())
+def test_scores_permute_with_the_candidates(pool, random):
+    num, verdicts = pool
+    order = list(range(num))
+    random.shuffle(order)
+    moved = [
+        Verdict(v.criterion, order[v.candidate], order[v.opponent] if v.opponent >= 0 else -1,
+                v.vote, v.score, "")
+        for v in verdicts
+    ]  # fmt: skip
+    random.shuffle(moved)
+    before, after = (score_pool(x, num, (PAIR, SINGLE)) for x in (verdicts, moved))
+    np.testing.assert_allclose(after.total[order], before.total, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(after.valid[order], before.valid)
+    assert after.num_missing == before.num_missing == sum(v.score is None for v in verdicts)
+
+
+@given(pools())
+def test_who_is_named_first_in_a_verdict_does_not_matter(pool):
+    num, verdicts = pool
+    turned = [
+        v if v.opponent < 0 or v.score is None
+        else Verdict(v.criterion, v.opponent, v.candidate, v.vote, 1 - v.score, "")
+        for v in verdicts
+    ]  # fmt: skip
+    first, second = (score_pool(x, num, (PAIR, SINGLE)) for x in (verdicts, turned))
+    np.testing.assert_allclose(first.total, second.total, rtol=1e-5, atol=1e-6)
+
+
+@given(pools())
+def test_a_missing_verdict_never_enters_a_mean(pool):
+    num, verdicts = pool
+    rewards = score_pool(verdicts, num, (PAIR, SINGLE))
+    for c in range(num):
+        wins = [v.score for v in verdicts if v.criterion == "q" and v.candidate == c]
+        wins += [
+            None if v.score is None else 1 - v.score
+            for v in verdicts
+            if v.criterion == "q" and v.opponent == c
+        ]
+        votes = [v.score for v in verdicts if v.criterion == "l" and v.candidate == c]
+        valid = True
+        for name, scores in (("q", wins), ("l", votes)):
+            there = [s for s in scores if s is not None]
+            value = rewards.by_criterion[name][c]
+            assert np.isnan(value) if not there else value == pytest.approx(np.mean(there), 1e-5)
+            valid &= bool(there) and 2 * len(there) >= len(scores)
+        assert rewards.valid[c] == valid
+        assert np.isnan(rewards.total[c]) == (not valid)
+
+
+def test_totals_are_weighted_sums_by_hand():
+    verdicts = [
+        Verdict("q", 0, 1, 0, 0.8, ""),
+        Verdict("l", 0, -1, 0, -2.0, ""),
+        Verdict("l", 1, -1, 0, -1.0, ""),
+    ]
+    rewards = score_pool(verdicts, 2, (PAIR, SINGLE))
+    np.testing.assert_allclose(rewards.total, [2 * 0.8 - 1.0, 2 * 0.2 - 0.5], rtol=1e-6)
+    assert rewards.total.dtype == np.float32
+
+
+def test_ties_stay_ties():
+    verdicts = [Verdict("l", i, -1, 0, -1.5, "") for i in range(3)]
+    assert len(set(score_pool(verdicts, 3, (SINGLE,)).total)) == 1
+
+
+def test_a_pool_of_one_has_no_pairwise_score():
+    rewards = score_pool([], 1, (PAIR,))
+    assert not rewards.valid[0] and np.isnan(rewards.total[0])
