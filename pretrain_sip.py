@@ -1,6 +1,6 @@
 """Pretrain with Megatron-Core, and improve the policy with itself and its judges.
 
-    torchrun --nproc-per-node 2 pretrain_sip.py --config configs/quickstart.toml
+torchrun --nproc-per-node 2 pretrain_sip.py --config configs/quickstart.toml
 """
 
 from __future__ import annotations

@@ -129,12 +129,12 @@ def verify(folder: Path, identity: dict[str, Any]) -> None:
         raise ValueError(f"{folder}: files missing or unknown to its manifest: {sorted(odd)}")
     for name, digest in manifest["files"].items():
         if _digest(folder / name) != digest:
-            raise ValueError(f"{folder / name} differs from its manifest; the checkpoint is damaged")
+            raise ValueError(
+                f"{folder / name} differs from its manifest; the checkpoint is damaged"
+            )
 
 
-def load_weights(
-    path: Path, *, module: Any, identity: dict[str, Any], ranks: Ranks
-) -> Path:
+def load_weights(path: Path, *, module: Any, identity: dict[str, Any], ranks: Ranks) -> Path:
     """Load model weights alone into `module`, resharded to this layout. Every rank calls it.
 
     Raises: ValueError if there is no checkpoint, or it is damaged or of another model.

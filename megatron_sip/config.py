@@ -28,7 +28,9 @@ Fraction = Annotated[float, Field(gt=0, le=1)]
 class Section(BaseModel):
     """Base of every section: frozen, strict, unknown keys forbidden."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
+    )
 
 
 class Run(Section):
@@ -286,9 +288,7 @@ class DpoObjective(Section):
     prefix_weight: NonNegative = 0.0
 
 
-Objective = Annotated[
-    NllObjective | RfNllObjective | DpoObjective, Field(discriminator="name")
-]
+Objective = Annotated[NllObjective | RfNllObjective | DpoObjective, Field(discriminator="name")]
 
 
 class EmergentCurriculum(Section):
@@ -403,7 +403,9 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
          'platform.fp8 and parallel.sequence_parallel need platform.kind = "cuda"'),
     ]  # fmt: skip
     if c.run.task == "ntp":
-        rules += [(not v, f'run.task = "ntp" uses no [{k}]; remove it') for k, v in sections.items()]
+        rules += [
+            (not v, f'run.task = "ntp" uses no [{k}]; remove it') for k, v in sections.items()
+        ]
         rules.append((c.objective.name == "nll", 'run.task = "ntp" needs objective.name = "nll"'))
         return rules
     rules += [(bool(v), f'run.task = "sip" needs a [{k}] section') for k, v in sections.items()]

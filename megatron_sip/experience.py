@@ -194,13 +194,12 @@ def pool_means(records: Sequence[PoolRecord]) -> Means:
                 continue
             name = "rejected" if pick.role == "rejected" else "chosen"
             add(f"reward/{name}", float(record.rewards.total[pick.candidate]))
-            if name == "chosen":
-                rollout = candidates[pick.candidate].source == "rollout"
-                add("pool/rollout_chosen_rate", float(rollout))
-                add("pool/rollout_chance_rate", record.pool.chance_rollout)
+        if record.rewards.valid.any():
+            best = candidates[int(np.nanargmax(record.rewards.total))]
+            add("pool/rollout_chosen_rate", float(best.source == "rollout"))
+            add("pool/rollout_chance_rate", record.pool.chance_rollout)
         add("pool/rollout_win_rate", *rollout_wins(record.pool, record.rewards))
         for criterion, scores in record.rewards.by_criterion.items():
             known = scores[~np.isnan(scores)]
             add(f"reward/{criterion}", float(known.sum()), len(known))
     return {name: (value, count) for name, (value, count) in means.items()}
-

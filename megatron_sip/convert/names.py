@@ -75,7 +75,9 @@ def _layer_entries(i: int, m: Model) -> Iterator[Entry]:
     yield entry(("self_attention.linear_qkv",),
                 ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
                 ((h, h), (kv, h), (kv, h)), 0, _cat(0), _split_qkv)  # fmt: skip
-    yield entry(("self_attention.linear_proj",), ("self_attn.o_proj",), ((h, h),), 1, _cat(1), _whole)
+    yield entry(
+        ("self_attention.linear_proj",), ("self_attn.o_proj",), ((h, h),), 1, _cat(1), _whole
+    )
     yield entry(("pre_mlp_layernorm", "mlp.linear_fc1.layer_norm_weight"),
                 ("post_attention_layernorm",), ((h,),), None, _cat(0), _whole)  # fmt: skip
     yield entry(("mlp.linear_fc1",), ("mlp.gate_proj", "mlp.up_proj"), ((f, h), (f, h)),

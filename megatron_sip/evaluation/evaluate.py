@@ -27,7 +27,6 @@ from megatron_sip.rows import make_rows
 from megatron_sip.types import Candidate, CandidatePool, Pick, SipSample
 
 
-
 @dataclass(frozen=True)
 class PolicyOutput:
     """One policy on all test prefixes, on rank 0; arrays of length n, nats a token."""
@@ -86,9 +85,7 @@ class Evaluator:
     judge: Judge | None = None
     batch: int = 8
 
-    def measure(
-        self, policy: Any, second: Any, share: Callable[[Any], Any]
-    ) -> PolicyOutput | None:
+    def measure(self, policy: Any, second: Any, share: Callable[[Any], Any]) -> PolicyOutput | None:
         """Run the policy over all prefixes; every rank calls it, rank 0 gets the result.
 
         Args:    second: module that scores the continuations a second time, or None.

@@ -34,7 +34,9 @@ def select_best(
     """
     return [
         (
-            Pick(best[-1], "target", 0.0, 1.0) if best else Pick(ORIGINAL_SUFFIX, "target", 0.0, 0.0),
+            Pick(best[-1], "target", 0.0, 1.0)
+            if best
+            else Pick(ORIGINAL_SUFFIX, "target", 0.0, 0.0),
             *prefix_pick(settings.prefix_weight),
         )
         for best in order

@@ -32,9 +32,7 @@ class Sender(Protocol):
     def close(self) -> None: ...
 
 
-def buckets(
-    source: MegatronWeightSource, limit_bytes: int
-) -> Iterator[dict[str, torch.Tensor]]:
+def buckets(source: MegatronWeightSource, limit_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
     """Group the stream into pieces of at most `limit_bytes` (a larger tensor stands alone)."""
     bucket: dict[str, torch.Tensor] = {}
     size = 0
@@ -89,7 +87,7 @@ class SharedMemorySender:
             update = {"file": file.name, "digests": digests, "num_tensors": num_tensors}
             self._control.update_weights(update)
             file.unlink()
-            total.update("".join(digests.values()))
+            total.update("".join(digests.values()).encode())
         published = f"{version}-{total.hexdigest()}"
         self._control.finish_weight_update(published)
         return published

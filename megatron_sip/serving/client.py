@@ -151,8 +151,7 @@ class HttpClient:
 
     def _failure(self, response: aiohttp.ClientResponse, *, path: str, body: bytes) -> Exception:
         status = response.status
-        text = body[: 4 * REASON_CHARACTERS].decode("utf-8", "replace")
-        reason = self._clean(f"{path}: HTTP {status}: {text}")
+        reason = self._clean(f"{path}: HTTP {status}: {body.decode('utf-8', 'replace')}")
         if status not in (408, 429) and status < 500:
             return self._failed(status, reason)
         failure = _Retryable(self.endpoint.name, status=status, reason=reason)

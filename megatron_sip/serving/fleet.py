@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from megatron_sip.config import ConnectServer, StartServer, api_key
+from megatron_sip.serving.client import Endpoint
 from megatron_sip.serving.health import ServerFailed, probe_named
 from megatron_sip.serving.processes import POLL_S, ServerProcess, Watchdog, reserve_port
 from megatron_sip.serving.server import server_command
 
 CONNECT_TIMEOUT_S = 60.0
+WATCH_S = 1.0
 PROGRESS_S = 5.0
-
-
-class Endpoint(NamedTuple):
-    """Where requests for one server go."""
-
-    url: str
-    model_name: str
-    api_key: str
 
 
 class Fleet:
@@ -84,8 +80,8 @@ class Fleet:
     @property
     def endpoints(self) -> dict[str, Endpoint]:
         """Where to reach each server by name; a restart changes its url and key."""
-        remote = {n: Endpoint(s.url, s.model, api_key(s)) for n, s in self._connects.items()}
-        local = {n: Endpoint(s.url, n, s.api_key) for n, s in self._running.items()}
+        remote = {n: Endpoint(n, s.url, s.model, api_key(s)) for n, s in self._connects.items()}
+        local = {n: Endpoint(n, s.url, n, s.api_key) for n, s in self._running.items()}
         return remote | local
 
     def check(self) -> None:
@@ -159,3 +155,32 @@ class Fleet:
         if lacks and seconds > CONNECT_TIMEOUT_S:
             raise ServerFailed(name, reason=f"not reachable for {seconds:.0f} s: {lacks}")
         return not lacks
+
+
+class FleetWatch:
+    """A thread that ends this process when a local server dies.
+
+    Requests to a dead server would be retried until their deadlines, and the other ranks wait in
+    collectives meanwhile; a process that is gone makes torchrun end them all at once.
+    """
+
+    def __init__(self, fleet: Fleet, *, report: Callable[[str], None]) -> None:
+        """Args: report: told why, before the process exits with status 1."""
+        self._fleet, self._report = fleet, report
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="fleet watch", daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        while not self._stop.wait(WATCH_S):
+            try:
+                self._fleet.check()
+            except ServerFailed as failure:
+                self._report(str(failure))
+                self._fleet.close()
+                os._exit(1)
+
+    def close(self) -> None:
+        """Stop watching; before the fleet is closed."""
+        self._stop.set()
+        self._thread.join()

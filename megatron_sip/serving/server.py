@@ -18,6 +18,7 @@ from megatron_sip.config import StartServer
 PLUGIN = "megatron_sip_weight_transfer"
 CONTROL_AUTH = "megatron_sip.serving.control_auth.ControlAuth"
 KV_BLOCK_TOKENS = 32
+BATCHED_TOKENS = 4096  # of one forward pass
 
 # What torchrun and Megatron-Core set for a trainer rank; a server must not see any of it.
 TRAINER_VARIABLES = frozenset({
@@ -88,13 +89,20 @@ def _cpu(settings: StartServer, name: str) -> tuple[list[str], dict[str, str]]:
     the same ones. Waiting threads sleep: where threads outnumber cores, spinning made requests 20
     to 50 times slower. The worker runs inside the engine process (no multiprocessing): one start-up
     and 0.7 GiB less, no shared memory left by a kill. TorchDynamo is off because vLLM compiles
-    parts of its sampler even in eager mode: about 20 s of the first request.
+    parts of its sampler even in eager mode: about 20 s of the first request. Prompts are never
+    prefilled in chunks: vLLM would rewind the seeded generator of such a request, which a CPU
+    generator cannot, and the engine would die.
     """
     if settings.gpus:
         raise ValueError(
             f'servers.{name}.gpus is {list(settings.gpus)}, but platform.kind is "cpu"; remove it'
         )
-    return ["--enforce-eager", "--block-size", str(KV_BLOCK_TOKENS)], {
+    budget = max(settings.max_model_len, BATCHED_TOKENS)
+    argv = [
+        *("--enforce-eager", "--block-size", str(KV_BLOCK_TOKENS)),
+        *("--no-enable-chunked-prefill", "--max-num-batched-tokens", str(budget)),
+    ]
+    return argv, {
         "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(settings.num_threads),
