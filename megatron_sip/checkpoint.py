@@ -151,7 +151,7 @@ def load_weights(path: Path, *, module: Any, identity: dict[str, Any], ranks: Ra
     folder, problem = broadcast_object((folder, problem))
     if problem is not None:
         raise ValueError(problem)
-    state = dist_checkpointing.load(
+    state: Any = dist_checkpointing.load(
         {"model": module.sharded_state_dict()}, str(folder), strict="raise_unexpected"
     )
     module.load_state_dict(state["model"])

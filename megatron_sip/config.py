@@ -283,6 +283,9 @@ class DpoObjective(Section):
     """Candidates that may be chosen or rejected; the others are scored and logged only."""
     pairs_per_pool: PositiveInt = 1
     """Best with worst, second best with second worst, and so on."""
+    entropy_weight: NonNegative = 0.0
+    """Pairs are ranked by reward - entropy_weight x the engine's mean log-prob (nats a token):
+    maximum-entropy reward, against collapse onto frequent tokens. Needs pair_sources = rollout."""
     suffix_weight: NonNegative = 0.0
     """Weight of NLL on the original suffix as a second loss term."""
     prefix_weight: NonNegative = 0.0
@@ -444,6 +447,10 @@ def _sip_rules(c: Config) -> list[tuple[bool, str]]:
             (set(c.objective.pair_sources) <= sources,
              f"objective.pair_sources {c.objective.pair_sources} must be among "
              f"curriculum.sources {c.curriculum.sources}"))  # fmt: skip
+        rules.append(
+            (c.objective.entropy_weight == 0 or c.objective.pair_sources == ("rollout",),
+             'objective.entropy_weight needs objective.pair_sources = ["rollout"]: only rollouts '
+             "have log-probs of the policy"))  # fmt: skip
     return rules
 
 

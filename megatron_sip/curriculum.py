@@ -16,8 +16,9 @@ from megatron_sip.config import (
     RfNllObjective,
     StagedCurriculum,
 )
-from megatron_sip.types import Plan
+from megatron_sip.types import Plan, Source
 
+ORDER: tuple[Source, ...] = ("suffix", "rewrite", "rollout")
 STAGES = ("nll", "rf_nll", "final")
 START = {"stage": 0.0, "stage_steps": 0.0, "win_rate": 0.0, "suffix_tokens": 0.0}
 
@@ -39,7 +40,7 @@ def plan(config: Config, stats: dict[str, float]) -> Plan:
     assert isinstance(config.curriculum, StagedCurriculum)
     if stage == "nll":
         return Plan(stage, ("suffix",), 0, "nll")
-    sources = tuple(s for s in ("suffix", "rewrite", "rollout") if s in config.curriculum.sources)
+    sources: tuple[Source, ...] = tuple(s for s in ORDER if s in config.curriculum.sources)
     return Plan(stage, sources, config.curriculum.rf_nll_rollouts, "rf_nll")
 
 

@@ -34,7 +34,9 @@ class Experience(Protocol):
         self, plan: Plan, settings: Objective, *, step: int, first_sample: int,
         positions: np.ndarray,
     ) -> tuple[list[PoolRecord], Means]:  # fmt: skip
-        """Args: first_sample: sample id of position 0 of the global batch; positions: this rank's."""
+        """Args: first_sample: sample id of position 0 of the global batch.
+        positions: this rank's part of the global batch.
+        """
         ...
 
 
@@ -51,7 +53,7 @@ class PlainExperience:
     sampler: PrefixSuffixSampler
     timer: PhaseTimer
 
-    def make(self, plan, settings, *, step, first_sample, positions):  # noqa: ANN001, ANN201
+    def make(self, plan, settings, *, step, first_sample, positions):
         with self.timer("sample"):
             samples = [self.sampler[first_sample + int(p)] for p in positions]
         pools = [CandidatePool(sample, "", (), 0.0) for sample in samples]
@@ -78,7 +80,7 @@ class LiveExperience:
     min_candidate_tokens: int
     dp_size: int
 
-    def make(self, plan, settings, *, step, first_sample, positions):  # noqa: ANN001, ANN201
+    def make(self, plan, settings, *, step, first_sample, positions):
         with self.timer("sample"):
             samples = [self.sampler[first_sample + int(p)] for p in positions]
         with self.timer("rollout"):
@@ -95,7 +97,9 @@ class LiveExperience:
         picks = OBJECTIVES[settings.name][0](pools, rewards, settings, order)
         records = [
             PoolRecord(step, int(position), *rest)
-            for position, *rest in zip(positions, pools, rewards, verdicts, picks, strict=True)
+            for position, rest in zip(
+                positions, zip(pools, rewards, verdicts, picks, strict=True), strict=True
+            )
         ]
         means |= self._totals("pool", {"dropped": guarded})
         means |= self._totals("judge", judge_stats)
@@ -133,7 +137,7 @@ class LiveExperience:
         rollouts: Sequence[Sequence[Candidate]],
         rewrites: Sequence[Candidate | None],
     ) -> tuple[list[CandidatePool], int]:
-        """Pools in the order suffix, rewrite, rollouts; and how many candidates were guarded out."""
+        """Pools in the order suffix, rewrite, rollouts; and how many candidates were dropped."""
         pools, guarded = [], 0
         for sample, mine, rewrite in zip(samples, rollouts, rewrites, strict=True):
             prefix_text, suffix_text = self.tokenizer.continuation_text(
@@ -157,7 +161,7 @@ class RecordedExperience:
     dp_rank: int
     dp_size: int
 
-    def make(self, plan, settings, *, step, first_sample, positions):  # noqa: ANN001, ANN201
+    def make(self, plan, settings, *, step, first_sample, positions):
         records = read_pools(self.pools_dir, step, dp_rank=self.dp_rank, dp_size=self.dp_size)
         if [r.position for r in records] != positions.tolist():
             raise ValueError(

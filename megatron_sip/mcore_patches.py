@@ -114,8 +114,9 @@ def _patch_float_types() -> None:
     import megatron.core.transformer.module as mcore_module
 
     patched: Any = mcore_module
-    patched._FLOAT_TYPES = (torch.FloatTensor, torch.cuda.FloatTensor)
-    patched._BF16_TYPES = (torch.BFloat16Tensor, torch.cuda.BFloat16Tensor)
+    cuda: Any = torch.cuda
+    patched._FLOAT_TYPES = (torch.FloatTensor, cuda.FloatTensor)
+    patched._BF16_TYPES = (torch.BFloat16Tensor, cuda.BFloat16Tensor)
 
 
 _installed = False

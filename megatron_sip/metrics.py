@@ -39,7 +39,7 @@ METRICS: dict[str, Metric] = {
     "objective/rejected_logratio": Metric("nats", "policy minus reference, sum over a rejected"),
     "reward/chosen": Metric("reward", "total reward of the chosen candidates"),
     "reward/rejected": Metric("reward", "total reward of the rejected candidates"),
-    "pool/rollout_chosen_rate": Metric("fraction", "pools whose best candidate, of any source, is a rollout"),
+    "pool/rollout_chosen_rate": Metric("fraction", "pools whose best candidate is a rollout"),
     "pool/rollout_chance_rate": Metric("fraction", "the same, had the choice been uniform"),
     "pool/rollout_win_rate": Metric("fraction", "rollouts better than their suffix, ties half"),
     "pool/skipped": Metric("fraction", "picks of weight 0: no contrast, or too few candidates"),

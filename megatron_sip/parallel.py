@@ -113,7 +113,7 @@ def broadcast_rows(
     """
     from megatron.core import parallel_state
 
-    group = parallel_state.get_model_parallel_group()
+    group: Any = parallel_state.get_model_parallel_group()
     src = parallel_state.get_model_parallel_src_rank()
     names = [f.name for f in fields(TrainRows)]
     shapes = None

@@ -110,7 +110,7 @@ class Platform:
 
 
 def cpu(settings: PlatformConfig) -> Platform:
-    """gloo, fp32 (bf16 is ~20 times slower without AMX), local layer spec, Megatron-Core patched."""
+    """gloo, fp32 (bf16 is ~20 times slower without AMX), local layer spec, patched Megatron."""
     from megatron_sip import mcore_patches
 
     mcore_patches.install()

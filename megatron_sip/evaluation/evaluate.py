@@ -158,7 +158,7 @@ def compare(start: PolicyOutput, end: PolicyOutput, settings: Evaluation) -> dic
     won = wins(end.judge[scored], start.judge[scored])
     low, high = bootstrap_interval(
         won,
-        groups=start.documents[scored],
+        groups=start.documents[scored].tolist(),
         resamples=settings.bootstrap,
         seed=settings.seed,
     )

@@ -15,7 +15,15 @@ import torch.nn.functional as F
 
 from megatron_sip.config import DpoObjective
 from megatron_sip.objectives.terms import ORIGINAL_SUFFIX, nll_term, prefix_pick, segment_sums
-from megatron_sip.types import CandidatePool, LossTerm, Pick, PoolRewards, TrainRows
+from megatron_sip.types import (
+    Candidate,
+    CandidatePool,
+    LossTerm,
+    Pick,
+    PoolRewards,
+    Role,
+    TrainRows,
+)
 
 
 def select(
@@ -37,17 +45,26 @@ def select(
     picks = []
     for pool, reward, ranked in zip(pools, rewards, order, strict=True):
         allowed = [i for i in ranked if pool.candidates[i].source in settings.pair_sources]
+        score = {i: _score(pool.candidates[i], float(reward.total[i]), settings) for i in allowed}
+        allowed.sort(key=score.__getitem__)  # stable: ties stay in seeded order
         pairs: list[Pick] = []
         for q in range(settings.pairs_per_pool):
             live = q < len(allowed) // 2
             chosen, rejected = (allowed[-1 - q], allowed[q]) if live else (0, 0)
-            live = live and bool(reward.total[chosen] > reward.total[rejected])
+            live = live and score[chosen] > score[rejected]
             pairs += [
                 Pick(chosen, "chosen", 0.0, float(live)),
                 Pick(rejected, "rejected", 0.0, float(live)),
             ]
         picks.append((*pairs, *extra))
     return picks
+
+
+def _score(candidate: Candidate, reward: float, settings: DpoObjective) -> float:
+    """Reward plus an entropy bonus: -log pi averaged over the candidate's tokens, nats."""
+    if settings.entropy_weight == 0:
+        return reward
+    return reward - settings.entropy_weight * float(candidate.logprobs.mean())
 
 
 def loss(
@@ -76,10 +93,13 @@ def loss(
         "objective/rejected_logratio": mean(ratio_M[rejected_Q]),
     }
     terms = [LossTerm("dpo", total, count, 1.0, metrics)]
-    for role, name, weight in (
+    extra: tuple[tuple[Role, str, float], ...] = (
         ("target", "suffix_nll", settings.suffix_weight),
         ("prefix", "prefix_nll", settings.prefix_weight),
-    ):
-        if weight > 0:
-            terms.append(nll_term(logprobs_RS, rows, role=role, name=name, weight=weight))
+    )
+    terms += [
+        nll_term(logprobs_RS, rows, role=role, name=name, weight=weight)
+        for role, name, weight in extra
+        if weight > 0
+    ]
     return tuple(terms)

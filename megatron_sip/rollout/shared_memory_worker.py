@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -72,7 +73,8 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         with safe_open(self._root / update_info.file, "pt") as file:
             if set(file.keys()) != set(update_info.digests):
                 raise ValueError(f"{update_info.file}: its tensors are not the announced ones")
-            self.model.load_weights(
+            model: Any = self.model
+            model.load_weights(
                 (name, self._checked(name, file.get_tensor(name), digest))
                 for name, digest in update_info.digests.items()
             )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -89,7 +90,7 @@ class MegatronWeightSource:
             return full if self._ranks.is_main else None
         if self._ranks.tp_rank != 0:
             return None
-        group = parallel_state.get_pipeline_model_parallel_group()
+        group: Any = parallel_state.get_pipeline_model_parallel_group()
         if self._ranks.pp_rank == stage:
             assert full is not None
             dist.send(full.contiguous(), dst=0, group=group)
