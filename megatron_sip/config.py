@@ -23,6 +23,7 @@ NonNegativeInt = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # vLLM 0.32
 
 
 class Section(BaseModel):
@@ -442,6 +443,19 @@ def _sip_rules(c: Config) -> list[tuple[bool, str]]:
         (c.rollout.weight_transfer != "shared_memory" or c.platform.kind == "cpu",
          'rollout.weight_transfer = "shared_memory" works on the CPU only; use "nccl"'),
     ]  # fmt: skip
+    served = c.servers.get(c.rollout.server)
+    if isinstance(served, StartServer):
+        head = c.model.hidden_size // c.model.num_attention_heads
+        rules.append(
+            (c.platform.kind != "cpu" or head in CPU_HEAD_SIZES,
+             f"model.hidden_size / model.num_attention_heads = {head}: vLLM on the CPU has "
+             f"attention for heads of {CPU_HEAD_SIZES} only"))  # fmt: skip
+        row, limit = c.data.prefix_tokens + c.data.suffix_tokens, c.model.max_sequence_length
+        rules.append(
+            (row <= served.max_model_len <= limit,
+             f"servers.{c.rollout.server}.max_model_len {served.max_model_len} must be at "
+             f"least data.prefix_tokens + data.suffix_tokens = {row} and at most "
+             f"model.max_sequence_length {limit}"))  # fmt: skip
     if isinstance(c.objective, DpoObjective):
         rules.append(
             (set(c.objective.pair_sources) <= sources,

@@ -103,8 +103,12 @@ class Learner:
     def _check(self, means: Means, gaps: np.ndarray, *, fresh_reference: bool) -> None:
         """Agree over all ranks that this step may be committed."""
         loss = means.get("loss", (0.0, 1.0))[0]
-        if math.isinf(maximum(loss, self.platform)):
-            raise StepStopped(f"the loss is not finite (this rank: {loss}); no weight was changed")
+        norm = sum(float(buffer.grad_data.norm()) for buffer in self.policy.ddp.buffers)
+        if math.isinf(maximum(abs(loss) + norm, self.platform)):
+            raise StepStopped(
+                f"loss or gradients are not finite (this rank: loss {loss}, gradient norm {norm}); "
+                "no weight was changed"
+            )
         mismatch = maximum(float(np.abs(gaps).mean()) if len(gaps) else 0.0, self.platform)
         if mismatch > self.max_logprob_mismatch:
             raise StepStopped(

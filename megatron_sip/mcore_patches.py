@@ -109,16 +109,6 @@ def _patch_random_states() -> None:
     patched._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
 
-def _patch_float_types() -> None:
-    """Reason: Float16Module recognises tensors by their CUDA type names only."""
-    import megatron.core.transformer.module as mcore_module
-
-    patched: Any = mcore_module
-    cuda: Any = torch.cuda
-    patched._FLOAT_TYPES = (torch.FloatTensor, cuda.FloatTensor)
-    patched._BF16_TYPES = (torch.BFloat16Tensor, cuda.BFloat16Tensor)
-
-
 _installed = False
 
 
@@ -140,5 +130,4 @@ def install() -> None:
     _patch_torch_cuda()
     CudaRequestsToCpu().__enter__()
     _patch_random_states()
-    _patch_float_types()
     _installed = True

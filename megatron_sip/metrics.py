@@ -138,15 +138,22 @@ class PhaseTimer:
     phases; another thread may read it.
     """
 
-    def __init__(self, *, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        *,
+        on_phase: Callable[[str], None] = lambda phase: None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Args: on_phase: told the name of each phase as it begins (the console)."""
         self.current = ""
-        self._clock = clock
+        self._on_phase, self._clock = on_phase, clock
         self._seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
         outer, start = self.current, self._clock()
         self.current = phase
+        self._on_phase(phase)
         try:
             yield
         finally:

@@ -75,8 +75,26 @@ def build_module(config: Any, model: Model, platform: Platform, *, vocab_size: i
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
         position_embedding_type="rope",
         rotary_base=model.rotary_base,
-    )
-    return module.to(platform.device)
+    ).to(platform.device)
+    mark_tensor_parallel(module)
+    return module
+
+
+def mark_tensor_parallel(module: Any) -> None:
+    """Say which parameters are slices: the gradient norm counts unmarked ones on TP rank 0 only.
+
+    Megatron-Core marks them where it initialises them, which `perform_initialization` turns off.
+    """
+    for name, parameter in module.named_parameters():
+        if parameter.dim() > 1:
+            parameter.tensor_model_parallel = True
+            parameter.partition_dim = int(writes_into_residual(name))
+            parameter.partition_stride = 1
+
+
+def writes_into_residual(name: str) -> bool:
+    """True for the row-parallel matrices: attention output and MLP down projection."""
+    return name.endswith(("linear_proj.weight", "linear_fc2.weight"))
 
 
 def global_name(name: str, module: Any) -> str:
@@ -104,7 +122,7 @@ def initialize_randomly(module: Any, model: Model, *, seed: int) -> None:
         if parameter.dim() == 1:
             parameter.data.fill_(1.0)
             continue
-        into_residual = name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+        into_residual = writes_into_residual(name)
         std = model.init_std / (math.sqrt(2 * model.num_layers) if into_residual else 1.0)
         dim = 1 if into_residual else 0  # row-parallel, column-parallel
         shape = list(parameter.shape)
@@ -137,7 +155,7 @@ def wrap_data_parallel(
         use_distributed_optimizer=True,
         overlap_grad_reduce=optimizer.overlap_grad_reduce,
         overlap_param_gather=optimizer.overlap_param_gather,
-        check_for_nan_in_grad=True,
+        check_for_nan_in_grad=False,  # would raise on one rank and hang the others; learner checks
         **platform.ddp_config_fields(),
     )
     inner = module if platform.params_dtype == torch.float32 else Float16Module(config, module)

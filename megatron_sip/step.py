@@ -41,6 +41,7 @@ class Run:
     vocab_size: int
     state: TrainState
     record_pools: bool
+    start_policy: Any = None  # frozen copy of the first weights: second scorer, reference
     reference: Any = None
     fresh_reference: bool = False
 
@@ -75,9 +76,11 @@ def take_reference(run: Run, plan: Plan) -> None:
     run.fresh_reference = False
     settings = curriculum.settings_of(run.config, plan)
     if run.reference is None and needs_reference(settings):
-        run.reference = frozen_copy(
-            run.learner.policy, run.config, run.platform, vocab_size=run.vocab_size
-        )
+        run.reference = run.start_policy
+        if run.reference is None or run.state.step > 0:
+            run.reference = frozen_copy(
+                run.learner.policy, run.config, run.platform, vocab_size=run.vocab_size
+            )
         run.fresh_reference = run.config.platform.fp8 is None  # FP8 history moves between passes
 
 

@@ -40,7 +40,7 @@ from megatron_sip.rollout.weight_source import MegatronWeightSource
 from megatron_sip.rollout.weight_transfer import NcclSender, SharedMemorySender
 from megatron_sip.rows import make_rows, row_length
 from megatron_sip.run_dir import create_run_dir, write_summary
-from megatron_sip.serving.fleet import FleetWatch
+from megatron_sip.serving.fleet import Fleet, FleetWatch
 from megatron_sip.step import Run, run_step
 from megatron_sip.types import CandidatePool, Pick, TrainState
 
@@ -151,7 +151,7 @@ def build_run(
     )
     digests = {name: dataset.data_digest for name, dataset in datasets.items()}
     stats = curriculum.initial_stats(config.curriculum) if config.curriculum else {}
-    timer = PhaseTimer()
+    timer = PhaseTimer(on_phase=console.phase)
     sampler = sampler_of(config, datasets["train"], tokenizer, config.run.seed)
     return Run(
         config=config,
@@ -196,7 +196,7 @@ def connect_servers(
     if config.run.task == "ntp":
         return evaluator
     assert config.rollout is not None
-    endpoints = start_servers(run, tokenizer, stack)
+    fleet, endpoints = start_servers(run, tokenizer, stack)
     if ranks.is_io:
         found = services.connect(config, endpoints, tokenizer=tokenizer, stack=stack)
         evaluator.engine, evaluator.judge = found.engine, found.evaluation_judge
@@ -212,20 +212,22 @@ def connect_servers(
             min_candidate_tokens=max(1, config.data.suffix_tokens // 8),
             dp_size=ranks.dp_size,
         )
-    run.exchange = build_exchange(run, tokenizer, evaluator, endpoints, stack)
+    run.exchange = build_exchange(run, tokenizer, evaluator, endpoints, stack, fleet)
     run.exchange.sync(run.state.policy_version, run.timer)
     return evaluator
 
 
-def start_servers(run: Run, tokenizer: Tokenizer, stack: ExitStack) -> dict[str, Any]:
+def start_servers(
+    run: Run, tokenizer: Tokenizer, stack: ExitStack
+) -> tuple[Fleet | None, dict[str, Any]]:
     """Rank 0 starts and watches; every rank learns the addresses."""
-    endpoints = None
+    fleet = endpoints = None
     if run.ranks.is_main:
         fleet = services.start_fleet(run.config, run.platform, tokenizer=tokenizer, stack=stack)
         fleet.wait(lambda name, s: run.console.note(f"waiting for server {name}: {s:.0f} s"))
         endpoints = fleet.endpoints
         stack.callback(FleetWatch(fleet, report=server_died).close)
-    return parallel.broadcast_object(endpoints)
+    return fleet, parallel.broadcast_object(endpoints)
 
 
 def server_died(reason: str) -> None:
@@ -236,7 +238,7 @@ def server_died(reason: str) -> None:
 
 def build_exchange(
     run: Run, tokenizer: Tokenizer, evaluator: Evaluator, endpoints: dict[str, Any],
-    stack: ExitStack,
+    stack: ExitStack, fleet: Fleet | None,
 ) -> WeightExchange:  # fmt: skip
     """The weight exchange with its backend, connected."""
     config, ranks, rollout = run.config, run.ranks, run.config.rollout
@@ -249,6 +251,8 @@ def build_exchange(
         control = ControlClient([endpoints[rollout.server]], timeout_s=CONTROL_TIMEOUT_S)
     if rollout.weight_transfer == "shared_memory":
         sender: Any = SharedMemorySender(source, control, bucket_mib=rollout.bucket_mib)
+        if fleet is not None and sender.root is not None:
+            fleet.delete_at_end(sender.root)
     else:
         from megatron_sip.serving.processes import free_port
 
@@ -280,22 +284,22 @@ def loop(run: Run, evaluator: Evaluator | None, started: float) -> None:
     """Evaluate the start, train, save, evaluate the end, sum up."""
     config, ranks = run.config, run.ranks
     metrics_log = MetricLogger(config.run.dir) if ranks.is_main else None
-    start_policy = None
-    if run.exchange is not None:  # second scorer: the start policy
-        start_policy = frozen_copy(
+    if run.exchange is not None:
+        run.start_policy = frozen_copy(
             run.learner.policy, config, run.platform, vocab_size=run.vocab_size
         )
-    first = measure(run, evaluator, start_policy, "evaluating the start policy")
+    first = measure(run, evaluator, "evaluating the start policy")
+    run.timer.take()  # what came before the first step
     for _ in range(config.run.steps):
         begun = time.perf_counter()
         metrics = run_step(run)
-        metrics["time/step_s"] = time.perf_counter() - begun
+        if run.state.step % config.checkpoint.interval == 0 or run.state.step == config.run.steps:
+            save(run)
+        metrics |= run.timer.take() | {"time/step_s": time.perf_counter() - begun}
         if metrics_log is not None:
             metrics_log.log(run.state.step, metrics)
             run.console.step(run.state.step, metrics)
-        if run.state.step % config.checkpoint.interval == 0 or run.state.step == config.run.steps:
-            save(run)
-    last = measure(run, evaluator, start_policy, "evaluating the end policy")
+    last = measure(run, evaluator, "evaluating the end policy")
     if ranks.is_main:
         result = compare(first, last, config.evaluation) if first and last else {}
         write_summary(config.run.dir, summary(run, result, time.time() - started))
@@ -303,33 +307,32 @@ def loop(run: Run, evaluator: Evaluator | None, started: float) -> None:
     dist.barrier()
 
 
-def measure(run: Run, evaluator: Evaluator | None, second: Any, text: str) -> Any:
-    """One evaluation of the present policy; None for a replay."""
+def measure(run: Run, evaluator: Evaluator | None, text: str) -> Any:
+    """One evaluation of the present policy, the start policy as second scorer; None in a replay."""
     if evaluator is None:
         return None
-    run.console.phase("evaluate")
-    if run.ranks.is_main:
-        log.info(text)
-    return evaluator.measure(run.learner.policy.ddp, second, parallel.share)
+    log.info(text)
+    with run.timer("evaluate"):
+        return evaluator.measure(run.learner.policy.ddp, run.start_policy, parallel.share)
 
 
 def save(run: Run) -> None:
     """Checkpoint of the present state."""
-    run.console.phase("checkpoint")
     identity = checkpoint.model_identity(
         run.config.model,
         vocab_size=run.vocab_size,
         tokenizer_digest=run.state.digests["tokenizer"],
     )
-    checkpoint.save(
-        run.config.run.dir,
-        policy=run.learner.policy,
-        optimizer=run.learner.optimizer,
-        scheduler=run.learner.scheduler,
-        state=run.state,
-        identity=identity,
-        ranks=run.ranks,
-    )
+    with run.timer("checkpoint"):
+        checkpoint.save(
+            run.config.run.dir,
+            policy=run.learner.policy,
+            optimizer=run.learner.optimizer,
+            scheduler=run.learner.scheduler,
+            state=run.state,
+            identity=identity,
+            ranks=run.ranks,
+        )
 
 
 def summary(run: Run, result: dict[str, Any], seconds: float) -> dict[str, Any]:

@@ -20,6 +20,7 @@ NEXT = {
     "serving": {"pause": "paused"},
     "paused": {"start": "updating", "resume": "serving"},
     "updating": {"update": "updating", "finish": "paused"},
+    "failed": {},
 }
 
 
@@ -75,7 +76,11 @@ class ControlClient:
                     )
                 )
 
-        return asyncio.run(all_servers())
+        try:
+            return asyncio.run(all_servers())
+        except WeightExchangeFailed:
+            self._state = "failed"  # for good: nothing may be published or resumed any more
+            raise
 
     def _same(self, path: str, payload: Any = None) -> list[Any]:
         return self._call("POST", path, [payload] * len(self._endpoints))

@@ -67,7 +67,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
-        if Path(update_info.file).name != update_info.file:
+        if update_info.file in ("", "..") or Path(update_info.file).name != update_info.file:
             raise ValueError(f"bucket {update_info.file!r} must be a file name without folders")
         self._expected = update_info.num_tensors
         with safe_open(self._root / update_info.file, "pt") as file:

@@ -117,10 +117,14 @@ class VllmEngine:
         }
 
     def _candidates(self, sample: SipSample, reply: dict[str, Any], k: int) -> list[Candidate]:
-        choices = sorted(reply["choices"], key=lambda c: c["index"])
-        if [c["index"] for c in choices] != list(range(k)):
-            raise BadReply(f"{self._endpoint.name}: asked for {k} rollouts, got {len(choices)}")
-        return [self._candidate(sample, choice) for choice in choices]
+        name = self._endpoint.name
+        try:
+            choices = sorted(reply["choices"], key=lambda c: c["index"])
+            if [c["index"] for c in choices] != list(range(k)):
+                raise BadReply(f"{name}: asked for {k} rollouts, got {len(choices)}")
+            return [self._candidate(sample, choice) for choice in choices]
+        except (KeyError, TypeError, ValueError) as error:
+            raise BadReply(f"{name}: malformed reply: {type(error).__name__} {error}") from error
 
     def _candidate(self, sample: SipSample, choice: dict[str, Any]) -> Candidate:
         name = self._endpoint.name

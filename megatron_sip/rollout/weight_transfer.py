@@ -7,6 +7,7 @@ random weights, so what was never synchronised can neither serve unnoticed nor l
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from megatron_sip.rollout.control import ControlClient
 from megatron_sip.rollout.digest import tensor_digest
 from megatron_sip.rollout.weight_source import MegatronWeightSource
+from megatron_sip.serving.sessions import TEMP_PREFIX
 
 
 class Sender(Protocol):
@@ -58,7 +60,9 @@ class SharedMemorySender:
         if control is not None:
             shared = Path("/dev/shm")
             self._root = Path(
-                tempfile.mkdtemp(prefix="megatron-sip-", dir=shared if shared.is_dir() else None)
+                tempfile.mkdtemp(
+                    prefix=f"{TEMP_PREFIX}{os.getpid()}-", dir=shared if shared.is_dir() else None
+                )
             )
 
     @property

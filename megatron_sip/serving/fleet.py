@@ -135,12 +135,19 @@ class Fleet:
             role=role,
             weight_transfer=self._weight_transfer if role == "policy" else None,
         )
-        if self._watchdog is None:
-            self._watchdog = Watchdog(log_path=self._log_dir / "watchdog.log")
         log_path = self._log_dir / f"{name}.log"
         self._running[name] = ServerProcess(
-            name, argv=argv, env=env, port=port, log_path=log_path, watchdog=self._watchdog
+            name, argv=argv, env=env, port=port, log_path=log_path, watchdog=self._helper()
         )
+
+    def delete_at_end(self, folder: Path) -> None:
+        """Have a temporary folder of ours deleted when this process is gone, however it went."""
+        self._helper().add_dir(folder)
+
+    def _helper(self) -> Watchdog:
+        if self._watchdog is None:
+            self._watchdog = Watchdog(log_path=self._log_dir / "watchdog.log")
+        return self._watchdog
 
     def _ready(self, name: str, seconds: float) -> bool:
         """One look at one server, `seconds` after the start."""

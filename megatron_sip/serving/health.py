@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 PROBE_TIMEOUT_S = 2.0
 LOG_TAIL_LINES = 30
+NOISE = ("nanobind: ", " - leaked ", " - ... skipped remainder")
 
 
 class ServerFailed(RuntimeError):
@@ -42,12 +43,16 @@ class WrongServer(RuntimeError):
 
 
 def log_tail(path: Path, *, lines: int = LOG_TAIL_LINES) -> str:
-    """Last lines of a log file, at most 64 KiB of it; empty if there is none."""
+    """Last lines of a log file, at most 64 KiB of it; empty if there is none.
+
+    What nanobind says about leaks at every exit is left out: it would push the reason out.
+    """
     if not path.exists():
         return ""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 65536))
-        return "\n".join(file.read().decode(errors="replace").splitlines()[-lines:])
+        read = file.read().decode(errors="replace").splitlines()
+    return "\n".join([line for line in read if not line.startswith(NOISE)][-lines:])
 
 
 def exit_reason(code: int) -> str:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sip.config import StartServer
+from megatron_sip.config import CPU_HEAD_SIZES, StartServer
 from megatron_sip.serving.server import server_command
 
 
@@ -44,3 +44,9 @@ def test_vllm_parses_the_command_of(parser, platform_kind, role, backend, gpus):
     assert bool(args.enable_scale_out) == bool(args.skip_tokenizer_init) == (role == "policy")
     assert args.tensor_parallel_size == max(1, len(gpus)) and not args.api_key
     assert args.enforce_eager == (platform_kind == "cpu")
+
+
+def test_head_sizes_of_the_recipe_are_those_of_vllms_cpu_attention():
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    assert list(CPU_HEAD_SIZES) == CPUAttentionBackend.get_supported_head_sizes()

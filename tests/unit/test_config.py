@@ -24,7 +24,7 @@ steps = 40
 kind = "cpu"
 [model]
 num_layers = 4
-hidden_size = 64
+hidden_size = 256
 ffn_hidden_size = 128
 num_attention_heads = 8
 num_query_groups = 4

@@ -1,0 +1,73 @@
+"""Loss and every gradient tensor equal a float64 one-process model under TP, PP, DP and both."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import cases
+import numpy as np
+import pytest
+import tasks
+import torch
+from workers import Layout, Workers
+
+LAYOUTS = [Layout(), Layout(tp=2), Layout(pp=2), Layout(dp=2), Layout(tp=2, pp=2)]
+TOLERANCE = 1e-5  # of a tensor's norm, or of 1e-6 of the norm of all gradients where that is larger
+_results: dict[Layout, dict[str, dict[str, Any]]] = {}
+
+
+def result_of(workers: Workers, layout: Layout, name: str) -> dict[str, Any]:
+    """Rank 0's result of a case; all cases of a layout run in one task."""
+    if layout not in _results:
+        _results[layout] = workers.run(layout, tasks.step_all, tuple(cases.CASES))[0]
+    return _results[layout][name]
+
+
+@functools.cache
+def plain(name: str) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of the plain model on the weights of the unsplit run."""
+    found = _results[LAYOUTS[0]][name]
+    policy = {n: torch.from_numpy(w).double().requires_grad_() for n, w in found["policy"].items()}
+    reference = {n: torch.from_numpy(w).double() for n, w in found["reference"].items()}
+    loss = cases.plain_loss(cases.CASES[name], policy, reference)
+    loss.backward()
+    return loss.item(), {n: w.grad for n, w in policy.items() if w.grad is not None}
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_loss_and_every_gradient_equal_the_plain_float64_model(
+    workers: Workers, layout: Layout, name: str, record_property: Any
+) -> None:
+    result_of(workers, LAYOUTS[0], name)
+    found = result_of(workers, layout, name)
+    loss, gradients = plain(name)
+    assert found["metrics"]["loss"] == pytest.approx(loss, rel=1e-5)
+    assert set(found["gradients"]) == set(gradients)
+    whole = torch.stack([g.norm() for g in gradients.values()]).norm().item()
+    worst = {
+        n: (torch.from_numpy(found["gradients"][n]).double() - g).norm().item()
+        / max(g.norm().item(), 1e-6 * whole)
+        for n, g in gradients.items()
+    }  # fmt: skip
+    record_property("worst_gradient_error", max(worst.values()))
+    assert max(worst.values()) <= TOLERANCE, sorted(worst.items(), key=lambda x: -x[1])[:5]
+    assert found["metrics"]["grad_norm"] == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_step_moves_the_weights_the_same_way_in_every_layout(
+    workers: Workers, layout: Layout
+) -> None:
+    for name in cases.CASES:
+        one = result_of(workers, LAYOUTS[0], name)
+        found = result_of(workers, layout, name)
+        assert found["tied_agree"]
+        for tensor, before in one["policy"].items():
+            np.testing.assert_array_equal(found["policy"][tensor], before)
+            moved, expected = found["after"][tensor] - before, one["after"][tensor] - before
+            # Adam's first step is lr x sign(gradient): compare where the sign is beyond rounding
+            sure = np.abs(one["gradients"][tensor]) > 1e-5 * np.abs(one["gradients"][tensor]).max()
+            np.testing.assert_allclose(moved[sure], expected[sure], rtol=1e-2, atol=1e-6)
+        assert any(np.any(found["after"][t] != w) for t, w in one["policy"].items())

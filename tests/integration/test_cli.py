@@ -1,0 +1,205 @@
+"""The real command line, Megatron-Core and vLLM: what a run leaves, replays, and how it refuses."""
+
+import json
+import math
+import shutil
+import tomllib
+
+import numpy as np
+import pytest
+from tiny_run import NTP, SIP
+
+from megatron_sip.config import load_config
+from megatron_sip.pool_store import read_pools
+
+STEPS = 3
+LAYOUTS = {  # name -> (ranks, tensor parallel, pipeline parallel)
+    "dp1": (1, 1, 1),
+    "tp2": (2, 2, 1),
+    "pp2": (2, 1, 2),
+    "tp2pp2": (4, 2, 2),
+}
+SAME = ("loss", "grad_norm", "objective/dpo", "objective/suffix_nll")
+
+
+def is_learned(name):
+    """Metrics that follow from pools and weights alone."""
+    return not name.startswith(("time/", "memory/", "sync/", "judge/", "rollout/tokens"))
+
+
+def test_next_token_pretraining_lowers_the_loss_and_sums_up(pretrained):
+    losses = [line["objective/nll"] for line in pretrained.metrics()]
+    steps = NTP["run"]["steps"]
+    assert len(losses) == steps and losses[-1] < losses[0]
+    assert abs(losses[0] - math.log(512)) < 0.5  # random weights: uniform over the vocabulary
+    summary = json.loads((pretrained.run_dir / "summary.json").read_text())
+    assert (summary["task"], summary["steps"], summary["policy_version"]) == ("ntp", steps, steps)
+    pretrained.assert_nothing_left(within_s=10)
+
+
+def test_every_step_is_logged_and_engine_and_trainer_agree(improved):
+    lines = improved.metrics()
+    assert [line["step"] for line in lines] == [1, 2, 3]
+    assert [line["policy/version"] for line in lines] == [1, 2, 3]
+    assert [line["policy/lag"] for line in lines] == [0, 0, 0]
+    for line in lines:
+        assert line["rollout/logprob_mismatch"] < 1e-3 and line["judge/missing"] == 0
+        assert line["rollout/logprob_mismatch"] > 0  # two programs, not one asked twice
+        assert math.isfinite(line["loss"]) and line["grad_norm"] > 0
+
+
+def test_first_dpo_loss_is_log_two_and_its_margin_nothing(improved):
+    first, *later = improved.metrics()
+    assert first["objective/dpo"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first["objective/margin"] == 0.0
+    assert all(line["objective/margin"] != 0.0 for line in later)
+
+
+def test_pools_of_every_step_are_committed_and_whole(improved):
+    pools_dir = improved.run_dir / "pools"
+    assert len(list(pools_dir.glob("*.done"))) == STEPS
+    for step in range(STEPS):
+        records = read_pools(pools_dir, step, dp_rank=0, dp_size=1)
+        assert [record.position for record in records] == [0, 1, 2, 3]
+        assert [r.pool.sample.sample_id for r in records] == [4 * step + i for i in range(4)]
+        for record in records:
+            sources = [c.source for c in record.pool.candidates]
+            assert sources[0] == "suffix" and sources.count("rollout") == 3
+            rollouts = [c for c in record.pool.candidates if c.source == "rollout"]
+            assert {c.policy_version for c in rollouts} == {step}
+            assert all(len(c.logprobs) == len(c.token_ids) > 0 for c in rollouts)
+            assert all(c.logprobs.max() <= 0 and len(set(c.logprobs)) > 1 for c in rollouts)
+            assert len({tuple(c.token_ids) for c in rollouts}) > 1  # each child has its seed
+            assert record.rewards.valid.all() and np.isfinite(record.rewards.total).all()
+            assert {pick.role for pick in record.picks} >= {"chosen", "rejected"}
+
+
+def test_summary_is_complete_and_the_saved_recipe_loads_back(improved):
+    summary = json.loads((improved.run_dir / "summary.json").read_text())
+    assert summary["task"] == "sip" and summary["steps"] == STEPS
+    assert summary["consumed_samples"] == 4 * STEPS and summary["policy_version"] == STEPS
+    assert summary["parallel"]["data_parallel_size"] == 2 and summary["seconds"] > 0
+    found = summary["eval"]
+    assert found["n"] == 4 and 0 <= found["win_rate"] <= 1
+    assert found["win_rate_ci"][0] <= found["win_rate"] <= found["win_rate_ci"][1]
+    assert {"heldout_nll_start", "heldout_nll_end", "judge_score_start"} <= found.keys()
+    recipe = improved.run_dir.with_suffix(".toml")
+    assert load_config(improved.run_dir / "config.toml") == load_config(recipe)
+    assert "packages" in json.loads((improved.run_dir / "environment.json").read_text())
+    assert (improved.run_dir / "checkpoints" / "latest").exists()
+
+
+def test_a_finished_run_leaves_no_process_no_port_no_shared_memory(improved):
+    assert len(improved.urls()) >= 2  # both servers were really there
+    assert len(improved.seen) >= 5
+    improved.assert_nothing_left(within_s=10)
+
+
+@pytest.fixture(scope="module")
+def replay(workplace, launch, pretrained, improved):
+    """Metrics of a replay of the recorded pools in another layout, by (layout, name)."""
+    init = {"kind": "megatron", "path": str(pretrained.run_dir)}
+    done = {}
+
+    def run(layout, name):
+        if name not in done:
+            num_ranks, tp, pp = LAYOUTS[layout]
+            parallel = {
+                "world_size": num_ranks,
+                "tensor_model_parallel_size": tp,
+                "pipeline_model_parallel_size": pp,
+            }
+            recipe = workplace.recipe(SIP, name, model__init=init, parallel=parallel)
+            pools = str(improved.run_dir / "pools")
+            found = launch(recipe, "--pools", pools, num_ranks=num_ranks).wait()
+            assert found.process.returncode == 0, found.stderr()
+            assert not list((found.run_dir / "logs").glob("policy*"))  # no server was needed
+            done[name] = found.metrics()
+        return done[name]
+
+    return run
+
+
+@pytest.mark.parametrize("layout", ["dp1", "tp2", "pp2", "tp2pp2"])
+def test_a_replay_learns_the_same_in_every_layout(layout, replay, improved):
+    lines, live = replay(layout, f"replay-{layout}"), improved.metrics()
+    assert len(lines) == STEPS
+    for found, expected in zip(lines, live, strict=True):
+        for name in SAME:
+            assert found[name] == pytest.approx(expected[name], rel=1e-4), name
+
+
+def test_the_same_replay_twice_is_bit_identical(replay):
+    first, second = replay("dp1", "replay-dp1"), replay("dp1", "replay-again")
+    for a, b in zip(first, second, strict=True):
+        assert {k: v for k, v in a.items() if is_learned(k)} == {
+            k: v for k, v in b.items() if is_learned(k)
+        }
+    assert first[-1]["loss"] != first[0]["loss"]
+
+
+def refusal(run):
+    """The error of a run that must end soon, without a server; torchrun may add its own lines."""
+    run.wait(120)
+    assert run.process.returncode != 0
+    assert not list(run.run_dir.glob("logs/*.log")) and not run.left()
+    lines = set(run.errors())
+    assert len(lines) == 1, run.stderr()
+    return lines.pop()
+
+
+def test_an_unknown_key_is_refused_on_every_rank_with_the_nearest_one(workplace, launch):
+    run = launch(workplace.recipe(NTP, "unknown"), "--set", "optimizer.learning_rate=1")
+    run.wait(120)
+    assert run.process.returncode != 0 and not run.run_dir.exists()
+    assert "optimizer.learning_rate: unknown key" in run.stderr()
+    assert run.errors() == [f"error: {run.run_dir}.toml:"] * 2
+
+
+def test_a_run_folder_with_content_is_refused_and_kept(workplace, launch, pretrained):
+    before = sorted(p.name for p in pretrained.run_dir.iterdir())
+    recipe = workplace.recipe(NTP, "again", run__dir=str(pretrained.run_dir))
+    run = launch(recipe, "--set", "parallel.world_size=1", num_ranks=1)
+    message = refusal(run)
+    assert f"run.dir {pretrained.run_dir} holds" in message and "--set run.dir=" in message
+    assert sorted(p.name for p in pretrained.run_dir.iterdir()) == before
+
+
+def test_a_wrong_number_of_ranks_is_refused(workplace, launch):
+    message = refusal(launch(workplace.recipe(NTP, "ranks"), num_ranks=1))
+    assert "started 1 ranks, but parallel.world_size is 2" in message and "--nproc" in message
+
+
+def one_rank(workplace, launch, base, name, **changes):
+    changes = {"parallel__world_size": 1, **changes}
+    return refusal(launch(workplace.recipe(base, name, **changes), num_ranks=1))
+
+
+def test_missing_data_is_refused(workplace, launch):
+    gone = str(workplace.folder / "gone_train")
+    message = one_rank(workplace, launch, NTP, "nodata", data__train=gone)
+    assert gone in message and "preprocess_data" in message
+
+
+def test_data_of_another_tokenizer_is_refused(workplace, launch):
+    from megatron_sip.data.tokenizer_training import train_tokenizer
+
+    other = workplace.folder / "other.model"
+    train_tokenizer(iter(["a few other words and letters " * 50]), vocab_size=280, output=other)
+    message = one_rank(workplace, launch, NTP, "tokenizer", data__tokenizer=str(other))
+    assert "another tokenizer" in message and str(other) in message
+    assert "preprocess_data" in message
+
+
+def test_a_judge_folder_with_code_is_refused(workplace, launch):
+    folder = workplace.folder / "judge-with-code"
+    shutil.copytree(workplace.judge, folder)
+    (folder / "modeling.py").write_text("raise SystemExit('executed')\n")
+    model = str(folder)
+    message = one_rank(workplace, launch, SIP, "code", servers__judge__model=model)
+    assert "servers.judge" in message and "modeling.py" in message and "remove it" in message
+
+
+def test_recipes_of_these_tests_are_what_the_user_would_write(improved):
+    saved = tomllib.loads((improved.run_dir / "config.toml").read_text())
+    assert saved["rollout"]["num_rollouts"] == 3 and saved["run"]["task"] == "sip"
