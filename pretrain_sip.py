@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_sip.config import load_config
+from megatron_sip.recipe import load_config
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """Print the table of metrics as Markdown; `docs/metrics.md` is this output.
 
-    python tools/metrics_table.py > docs/metrics.md
+python tools/metrics_table.py > docs/metrics.md
 """
 
 from __future__ import annotations
@@ -18,10 +18,16 @@ HEAD = """# Metrics
 NAMES = {r"reward/[^/\s]+": "reward/CRITERION", r"time/[a-z][a-z0-9_]*_s": "time/PHASE_s"}
 
 
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
 def table() -> str:
     """The whole page."""
     rows = {**METRICS, **{NAMES[pattern]: metric for pattern, metric in PATTERNS.items()}}
-    lines = [f"| `{n}` | {m.unit} | {m.meaning.replace('|', chr(92) + '|')} |" for n, m in rows.items()]
+    lines = [
+        f"| `{n}` | {m.unit} | {m.meaning.replace('|', chr(92) + '|')} |" for n, m in rows.items()
+    ]
     return "\n".join([HEAD, *lines]) + "\n"
 
 

@@ -17,7 +17,12 @@ import torch
 
 from megatron_sip.config import Evaluation
 from megatron_sip.data.tokenizer import Tokenizer
-from megatron_sip.evaluation.statistics import bootstrap_interval, distinct_n, mean_length, wins
+from megatron_sip.evaluation.statistics import (
+    bootstrap_interval,
+    distinct_n_by_sets,
+    mean_length,
+    wins,
+)
 from megatron_sip.forward import token_logprobs
 from megatron_sip.judge.judge import Judge
 from megatron_sip.objectives.terms import ORIGINAL_SUFFIX, segment_lengths, segment_sums
@@ -25,6 +30,8 @@ from megatron_sip.parallel import Ranks, gather_objects, shard
 from megatron_sip.rollout.vllm_engine import VllmEngine
 from megatron_sip.rows import make_rows
 from megatron_sip.types import Candidate, CandidatePool, Pick, SipSample
+
+DISTINCT_SET = 128  # candidates that one distinct-2 is taken over
 
 
 @dataclass(frozen=True)
@@ -174,6 +181,6 @@ def compare(start: PolicyOutput, end: PolicyOutput, settings: Evaluation) -> dic
         result["second_win_rate"] = float(wins(end.second, start.second).mean())
     for name, output in (("start", start), ("end", end)):
         tokens = [c.token_ids for c in output.candidates]
-        result[f"distinct2_{name}"] = distinct_n(tokens, 2)
+        result[f"distinct2_{name}"] = distinct_n_by_sets(tokens, 2, set_size=DISTINCT_SET)
         result[f"mean_length_{name}"] = mean_length(tokens)
     return result

@@ -104,6 +104,19 @@ def distinct_n(token_lists: Sequence[Sequence[int] | np.ndarray], n: int) -> flo
     return len(set(grams)) / len(grams)
 
 
+def distinct_n_by_sets(
+    token_lists: Sequence[Sequence[int] | np.ndarray], n: int, *, set_size: int
+) -> float:
+    """Mean of `distinct_n` over consecutive sets of `set_size` candidates (all, if fewer).
+
+    distinct-n falls with the number of tokens it is taken over; sets of one size make figures of
+    different evaluations comparable. A last, incomplete set is left out.
+    """
+    num_sets = max(1, len(token_lists) // set_size)
+    sets = [token_lists[i * set_size : (i + 1) * set_size] for i in range(num_sets)]
+    return float(np.mean([distinct_n(part, n) for part in sets]))
+
+
 def mean_length(token_lists: Sequence[Sequence[int] | np.ndarray]) -> float:
     """Mean number of tokens of a candidate, end-of-text included.
 

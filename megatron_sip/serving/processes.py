@@ -24,6 +24,7 @@ __all__ = ["ServerProcess", "Watchdog", "free_port", "reserve_port"]
 
 POLL_S = 0.25
 SETTLE_S = 0.3
+SOCKET_DIR_CHARACTERS = 48  # vLLM's sockets lie deeper; a socket path has 107 at most
 
 
 class ServerProcess:
@@ -50,7 +51,9 @@ class ServerProcess:
         self.name, self.argv, self.log_path = name, argv, log_path
         self.url = f"http://127.0.0.1:{port.getsockname()[1]}"
         self.api_key = secrets.token_urlsafe(32)
-        self.temp_dir = Path(tempfile.mkdtemp(prefix=sessions.TEMP_PREFIX))
+        short = len(tempfile.gettempdir()) <= SOCKET_DIR_CHARACTERS
+        folder = tempfile.mkdtemp(prefix=sessions.TEMP_PREFIX, dir=None if short else "/tmp")
+        self.temp_dir = Path(folder)
         self._port, self._watchdog = port, watchdog
         self._helpers: list[sessions.Process] = []
         watchdog.add_dir(self.temp_dir)

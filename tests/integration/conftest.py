@@ -38,14 +38,17 @@ def launch(workplace):
     """Start a run of a recipe; whatever it leaves is killed at the end of the session."""
     runs: list[TrainerRun] = []
 
-    def start(recipe: Path, *arguments: str, num_ranks: int = 2) -> TrainerRun:
-        runs.append(TrainerRun(recipe, *arguments, num_ranks=num_ranks))
+    def start(
+        recipe: Path, *arguments: str, num_ranks: int = 2, torchrun: bool = True
+    ) -> TrainerRun:
+        runs.append(TrainerRun(recipe, *arguments, num_ranks=num_ranks, torchrun=torchrun))
         return runs[-1]
 
     yield start
     for run in runs:
         if run.process.poll() is None:
             run.end()
+        shutil.rmtree(run.temp_dir, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tiny_run import NTP, SIP
 
-from megatron_sip.config import load_config
 from megatron_sip.pool_store import read_pools
+from megatron_sip.recipe import load_config
 
 STEPS = 3
 LAYOUTS = {  # name -> (ranks, tensor parallel, pipeline parallel)
@@ -166,13 +166,13 @@ def test_a_run_folder_with_content_is_refused_and_kept(workplace, launch, pretra
 
 
 def test_a_wrong_number_of_ranks_is_refused(workplace, launch):
-    message = refusal(launch(workplace.recipe(NTP, "ranks"), num_ranks=1))
+    message = refusal(launch(workplace.recipe(NTP, "ranks"), torchrun=False))
     assert "started 1 ranks, but parallel.world_size is 2" in message and "--nproc" in message
 
 
 def one_rank(workplace, launch, base, name, **changes):
     changes = {"parallel__world_size": 1, **changes}
-    return refusal(launch(workplace.recipe(base, name, **changes), num_ranks=1))
+    return refusal(launch(workplace.recipe(base, name, **changes), torchrun=False))
 
 
 def test_missing_data_is_refused(workplace, launch):

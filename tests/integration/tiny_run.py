@@ -16,6 +16,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass, field
@@ -26,7 +27,6 @@ import psutil
 import tomli_w
 
 ROOT = Path(__file__).parents[2]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 MARK = "MEGATRON_SIP_TEST_RUN"
 JUDGE_SHAPE = {"num_layers": 2, "hidden_size": 128, "ffn_hidden_size": 128}
 HEADS = {"num_attention_heads": 4, "num_query_groups": 2}  # vLLM on CPU: heads of 32 or more
@@ -100,18 +100,17 @@ class Workplace:
 
 
 class TrainerRun:
-    """One `pretrain_sip.py`, under torchrun where it has several ranks, and all its processes."""
+    """One `pretrain_sip.py` with all its processes; without torchrun it stops where ranks meet."""
 
-    def __init__(self, recipe: Path, *arguments: str, num_ranks: int) -> None:
+    def __init__(self, recipe: Path, *arguments: str, num_ranks: int, torchrun: bool) -> None:
         self.mark, self.name = secrets.token_hex(8), recipe.stem
         self.run_dir = recipe.with_suffix("")
-        self.temp_dir = recipe.parent / f"{self.name}-tmp"
-        self.temp_dir.mkdir(exist_ok=True)
+        self.temp_dir = Path(tempfile.mkdtemp(prefix="sip-", dir="/tmp"))  # socket paths are short
         script = [str(ROOT / "pretrain_sip.py"), "--config", str(recipe), *arguments]
-        launcher = [*TORCHRUN, "--nproc-per-node", str(num_ranks)] if num_ranks > 1 else []
-        argv = [*launcher, *script] if launcher else [sys.executable, *script]
-        if launcher:
-            argv[3:3] = ["--master-port", str(free_port())]
+        launcher = [sys.executable]
+        if torchrun:
+            launcher += ["-m", "torch.distributed.run", "--master-port", str(free_port())]
+            launcher += ["--nproc-per-node", str(num_ranks)]
         env = os.environ | {
             MARK: self.mark,
             "OMP_NUM_THREADS": "1",
@@ -122,7 +121,12 @@ class TrainerRun:
         self.out = (recipe.parent / f"{self.name}.out").open("w+")
         self.err = (recipe.parent / f"{self.name}.err").open("w+")
         self.process = subprocess.Popen(
-            argv, env=env, cwd=ROOT, stdout=self.out, stderr=self.err, start_new_session=True
+            [*launcher, *script],
+            env=env,
+            cwd=ROOT,
+            stdout=self.out,
+            stderr=self.err,
+            start_new_session=True,
         )
         self.seen: set[psutil.Process] = set()
         self._watcher = threading.Thread(target=self._watch, daemon=True)

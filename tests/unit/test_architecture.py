@@ -13,7 +13,6 @@ import pytest
 PACKAGE = Path(__file__).parents[2] / "megatron_sip"
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_FILE, MEDIAN_FILE, MAX_FUNCTION, P95_FUNCTION = 400, 150, 120, 55
-LONGER = {"config.py": 540}  # every key stands there with its meaning
 
 # who may name these at all
 RESERVED = {
@@ -32,10 +31,11 @@ RESERVED = {
 
 # style section 8; a file may import its own layer and those before it
 LAYERS = {
-    1: ("types", "config"),
+    1: ("types", "config", "config_rules", "recipe"),
     2: (
         "pool", "rows", "curriculum", "objectives.", "metrics", "data.permutation",
-        "judge.schedules", "judge.scoring", "judge.prompts", "rewrite_text",
+        "judge.schedules", "judge.scoring", "judge.prompts", "judge.criteria",
+        "judge.text_model", "rewrite_text",
         "evaluation.statistics", "convert.names", "rollout.digest",
     ),
     4: ("step",),
@@ -137,7 +137,7 @@ def test_megatron_core_is_imported_in_the_named_files_only() -> None:
 
 def test_files_stay_within_their_budget() -> None:
     lengths = {name_of(p): len(p.read_text().splitlines()) for p in FILES}
-    assert not {n: k for n, k in lengths.items() if k > LONGER.get(n, MAX_FILE)}
+    assert not {n: k for n, k in lengths.items() if k > MAX_FILE}
     assert median(lengths.values()) <= MEDIAN_FILE
 
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from megatron_sip.config import ConnectServer, api_key, load_config
+from megatron_sip.config import ConnectServer, api_key
+from megatron_sip.recipe import load_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(CONFIGS.glob("*.toml"))

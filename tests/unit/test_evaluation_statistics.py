@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from megatron_sip.evaluation.statistics import (
     bootstrap_interval,
     distinct_n,
+    distinct_n_by_sets,
     mean_length,
     win_rate,
     wins,
@@ -149,3 +150,12 @@ def test_mean_length_counts_tokens() -> None:
     assert mean_length([[1, 2, 3], np.zeros(0, np.int32), [4]]) == 4 / 3
     with pytest.raises(ValueError, match="token_lists is empty"):
         mean_length([])
+
+
+def test_distinct_by_sets_does_not_depend_on_how_many_equal_sets_there_are():
+    one = [[1, 2, 3], [1, 2, 4]]
+    assert distinct_n_by_sets(one, 2, set_size=2) == distinct_n(one, 2) == 0.75
+    assert distinct_n_by_sets(one * 3, 2, set_size=2) == 0.75
+    assert distinct_n(one * 3, 2) == 0.25
+    assert distinct_n_by_sets([*one, [9, 9, 9]], 2, set_size=2) == 0.75  # incomplete last set
+    assert distinct_n_by_sets(one, 2, set_size=100) == 0.75

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -122,3 +124,12 @@ def test_mean_over_ranks_is_the_global_mean_not_a_mean_of_means() -> None:
 def test_metric_that_nobody_counted_is_absent() -> None:
     ranks = [{"objective/dpo": (0.0, 0.0)}, {"objective/dpo": (0.0, 0.0)}, {}]
     assert reduce_means(ranks) == {} == reduce_means([])
+
+
+def test_the_documented_table_of_metrics_is_the_one_in_code():
+    root = Path(__file__).parents[2]
+    command = [sys.executable, str(root / "tools" / "metrics_table.py")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert (root / "docs" / "metrics.md").read_text() == printed, (
+        "run python tools/metrics_table.py > docs/metrics.md"
+    )

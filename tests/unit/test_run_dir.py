@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sip.config import Config, load_config
+from megatron_sip.config import Config
+from megatron_sip.recipe import load_config
 from megatron_sip.run_dir import atomic_write, create_run_dir, environment, write_summary
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))

@@ -250,3 +250,14 @@ def test_fleet_starts_checks_restarts_and_ends_its_servers(tmp_path, monkeypatch
         with pytest.raises(ServerFailed, match="judge"):
             fleet.check()
     assert not living(members)
+
+
+def test_a_long_temporary_folder_does_not_make_socket_paths_too_long(
+    tmp_path, watchdog, monkeypatch
+):
+    long = tmp_path / ("x" * 60)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    server = launch(tmp_path, watchdog)
+    server.stop()
+    assert len(f"{server.temp_dir}/{'u' * 36}") <= 107 and not server.temp_dir.exists()

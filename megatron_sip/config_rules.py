@@ -1,0 +1,118 @@
+"""Rules that span sections of a recipe. Pure; imports no torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from megatron_sip.config import Config
+
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # vLLM 0.32
+
+
+def broken_rules(config: Config) -> list[str]:
+    """What contradicts itself: one sentence each with key, value and rule; empty if nothing."""
+    return [message for holds, message in _rules(config) if not holds]
+
+
+def _rules(c: Config) -> list[tuple[bool, str]]:
+    """(holds, message) for each rule that spans sections."""
+    m, p, d = c.model, c.parallel, c.data
+    tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    sections = {"servers": c.servers, "rollout": c.rollout, "judge": c.judge}
+    rules = [
+        (m.hidden_size % m.num_attention_heads == 0,
+         f"model.hidden_size {m.hidden_size} must be a multiple of model.num_attention_heads "
+         f"{m.num_attention_heads}"),
+        (m.num_attention_heads % m.num_query_groups == 0,
+         f"model.num_attention_heads {m.num_attention_heads} must be a multiple of "
+         f"model.num_query_groups {m.num_query_groups}"),
+        (m.num_query_groups % tp == 0,
+         f"model.num_query_groups {m.num_query_groups} must be a multiple of "
+         f"parallel.tensor_model_parallel_size {tp}; lower the latter"),
+        (m.ffn_hidden_size % tp == 0,
+         f"model.ffn_hidden_size {m.ffn_hidden_size} must be a multiple of "
+         f"parallel.tensor_model_parallel_size {tp}"),
+        (m.num_layers % pp == 0,
+         f"model.num_layers {m.num_layers} must be a multiple of "
+         f"parallel.pipeline_model_parallel_size {pp}"),
+        (p.world_size % (tp * pp) == 0,
+         f"parallel.world_size {p.world_size} must be a multiple of TP x PP = {tp * pp}"),
+        (d.global_batch_size % (d.micro_batch_size * max(1, p.data_parallel_size)) == 0,
+         f"data.global_batch_size {d.global_batch_size} must be a multiple of "
+         f"data.micro_batch_size x data-parallel size = "
+         f"{d.micro_batch_size} x {p.data_parallel_size}"),
+        (d.min_prefix_tokens <= d.prefix_tokens,
+         f"data.min_prefix_tokens {d.min_prefix_tokens} must not exceed data.prefix_tokens "
+         f"{d.prefix_tokens}"),
+        (d.prefix_tokens + d.suffix_tokens <= m.max_sequence_length,
+         f"data.prefix_tokens + data.suffix_tokens = {d.prefix_tokens + d.suffix_tokens} must "
+         f"not exceed model.max_sequence_length {m.max_sequence_length}"),
+        (c.optimizer.warmup_steps < c.run.steps,
+         f"optimizer.warmup_steps {c.optimizer.warmup_steps} must be below run.steps "
+         f"{c.run.steps}"),
+        (c.optimizer.min_lr <= c.optimizer.lr,
+         f"optimizer.min_lr {c.optimizer.min_lr} must not exceed optimizer.lr {c.optimizer.lr}"),
+        (c.platform.kind == "cuda" or (c.platform.fp8 is None and not p.sequence_parallel),
+         'platform.fp8 and parallel.sequence_parallel need platform.kind = "cuda"'),
+    ]  # fmt: skip
+    if c.run.task == "ntp":
+        rules += [
+            (not v, f'run.task = "ntp" uses no [{k}]; remove it') for k, v in sections.items()
+        ]
+        rules.append((c.objective.name == "nll", 'run.task = "ntp" needs objective.name = "nll"'))
+        return rules
+    rules += [(bool(v), f'run.task = "sip" needs a [{k}] section') for k, v in sections.items()]
+    rules.append((c.curriculum is not None, 'run.task = "sip" needs a [curriculum] section'))
+    return rules + _sip_rules(c) if all(holds for holds, _ in rules) else rules
+
+
+def _sip_rules(c: Config) -> list[tuple[bool, str]]:
+    """Rules on servers, sources and objective of a valid SIP recipe."""
+    assert c.rollout and c.judge and c.curriculum
+    users = {"rollout.server": c.rollout.server, "evaluation.server": c.evaluation.server}
+    users |= {f"judge.criteria[{i}].server": x.server for i, x in enumerate(c.judge.criteria)}
+    if c.rewriter:
+        users["rewriter.server"] = c.rewriter.server
+    rules = [
+        (name in c.servers, f'{key} names server "{name}", but recipe has {sorted(c.servers)}')
+        for key, name in users.items()
+    ]
+    sources = set(c.curriculum.sources)
+    names = [x.name for x in c.judge.criteria]
+    rules += [
+        ("rewrite" not in sources or c.rewriter is not None,
+         'curriculum.sources contains "rewrite", which needs a [rewriter] section'),
+        ("rewrite" in sources or c.rewriter is None,
+         '[rewriter] is given, but curriculum.sources has no "rewrite"; add it or remove the '
+         "section"),
+        (len({*names, "chosen", "rejected"}) == len(names) + 2,
+         f'judge.criteria names must differ, and not be "chosen" or "rejected"; got {names}'),
+        (c.rollout.weight_transfer != "nccl" or c.platform.kind == "cuda",
+         'rollout.weight_transfer = "nccl" needs platform.kind = "cuda"; use "shared_memory"'),
+        (c.rollout.weight_transfer != "shared_memory" or c.platform.kind == "cpu",
+         'rollout.weight_transfer = "shared_memory" works on the CPU only; use "nccl"'),
+    ]  # fmt: skip
+    served = c.servers.get(c.rollout.server)
+    if served is not None and served.kind == "start":
+        head = c.model.hidden_size // c.model.num_attention_heads
+        rules.append(
+            (c.platform.kind != "cpu" or head in CPU_HEAD_SIZES,
+             f"model.hidden_size / model.num_attention_heads = {head}: vLLM on the CPU has "
+             f"attention for heads of {CPU_HEAD_SIZES} only"))  # fmt: skip
+        row, limit = c.data.prefix_tokens + c.data.suffix_tokens, c.model.max_sequence_length
+        rules.append(
+            (row <= served.max_model_len <= limit,
+             f"servers.{c.rollout.server}.max_model_len {served.max_model_len} must be at "
+             f"least data.prefix_tokens + data.suffix_tokens = {row} and at most "
+             f"model.max_sequence_length {limit}"))  # fmt: skip
+    if c.objective.name == "dpo":
+        rules.append(
+            (set(c.objective.pair_sources) <= sources,
+             f"objective.pair_sources {c.objective.pair_sources} must be among "
+             f"curriculum.sources {c.curriculum.sources}"))  # fmt: skip
+        rules.append(
+            (c.objective.entropy_weight == 0 or c.objective.pair_sources == ("rollout",),
+             'objective.entropy_weight needs objective.pair_sources = ["rollout"]: only rollouts '
+             "have log-probs of the policy"))  # fmt: skip
+    return rules

@@ -1,0 +1,70 @@
+"""A recipe file and its overrides -> a validated Config, or errors worth reading."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from megatron_sip.config import Config, Section
+
+
+def _nearest_key(unknown: str) -> str:
+    """Remedy for an unknown key: the known key most like it, if any is."""
+    known = {key for section in (Config, *Section.__subclasses__()) for key in section.model_fields}
+    near = difflib.get_close_matches(unknown, sorted(known), n=1)
+    return f'did you mean "{near[0]}"?' if near else "remove it; the keys stand in config.py"
+
+
+def _explain(error: dict[str, Any]) -> str:
+    """One line for one pydantic error: key, value, rule, remedy."""
+    location = error["loc"]
+    key = ".".join(str(part) for part in location)
+    if error["type"] == "extra_forbidden":
+        return f"{key}: unknown key; {_nearest_key(str(location[-1]))}"
+    if error["type"] == "missing":
+        return f"{key}: required and missing"
+    if error["type"] == "value_error":
+        return error["msg"].removeprefix("Value error, ")
+    return f"{key} is {error['input']!r}: {error['msg']}"
+
+
+def _set(tree: dict[str, Any], override: str) -> None:
+    """Apply one `section.key=value`; the value is TOML, or a bare string."""
+    path, found, text = override.partition("=")
+    if not found or not path.strip():
+        raise ValueError(f"--set {override!r} is not of the form section.key=value")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text
+    *sections, key = path.strip().split(".")
+    for name in sections:
+        tree = tree.setdefault(name, {})
+        if not isinstance(tree, dict):
+            raise ValueError(f"--set {override!r}: {name} is not a section")
+    tree[key] = value
+
+
+def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
+    """Read and validate a recipe.
+
+    Raises: ValueError naming each wrong key, its value, the rule and the remedy.
+    """
+    try:
+        tree = tomllib.loads(path.read_text())
+    except FileNotFoundError:
+        raise ValueError(f"--config {path}: no such file") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{path}: not valid TOML: {error}") from None
+    for override in overrides:
+        _set(tree, override)
+    try:
+        return Config.model_validate_json(json.dumps(tree))
+    except ValidationError as error:
+        lines = [_explain(dict(e)) for e in error.errors(include_url=False)]
+        raise ValueError(f"{path}:\n  " + "\n  ".join(lines)) from None
