@@ -6,9 +6,11 @@ torchrun --nproc-per-node 2 pretrain_sip.py --config configs/quickstart.toml
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 
+from megatron_sip.errors import RunFailed
 from megatron_sip.recipe import load_config
 
 
@@ -31,7 +33,9 @@ def main() -> int:
         from megatron_sip.train import train  # torch and Megatron-Core, once the recipe is right
 
         train(config, pools_dir=arguments.pools)
-    except ValueError as error:
+    except (ValueError, RunFailed) as error:
+        if logging.getLogger().handlers:  # the run directory's log is open
+            logging.getLogger("megatron_sip").exception("the run failed")
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from megatron_sip.config import DpoObjective, Objective
+from megatron_sip.errors import RunFailed
 from megatron_sip.forward import forward_backward, with_reference
 from megatron_sip.model import Policy
 from megatron_sip.objectives import OBJECTIVES
@@ -29,7 +30,7 @@ Means = dict[str, tuple[float, float]]  # metric -> (sum, count), to be merged o
 TOKENS = "scored tokens"
 
 
-class StepStopped(RuntimeError):
+class StepStopped(RunFailed):
     """A check failed before the optimizer committed; the weights are those of the last step."""
 
 

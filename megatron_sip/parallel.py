@@ -62,7 +62,12 @@ def initialize(settings: Parallel, platform: Platform, *, seed: int) -> Ranks:
     """
     from megatron.core import parallel_state, tensor_parallel
 
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if "RANK" not in os.environ:
+        raise ValueError(
+            "RANK is not set: start with torchrun --nproc-per-node "
+            f"{settings.world_size} pretrain_sip.py ..."
+        )
+    started = int(os.environ["WORLD_SIZE"])
     if started != settings.world_size:
         raise ValueError(
             f"torchrun started {started} ranks, but parallel.world_size is "

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_sip import config
+from megatron_sip.errors import RunFailed
 from megatron_sip.judge.cache import Cache, content_key
 from megatron_sip.judge.prompts import load_prompt
 from megatron_sip.judge.served_model import ServedModel
@@ -33,7 +34,7 @@ class PolicyTokenizer(Protocol):
     def continuation_text(self, prefix_ids: Any, ids: Any) -> tuple[str, str]: ...
 
 
-class RewriterFailed(RuntimeError):
+class RewriterFailed(RunFailed):
     """Not one request of a call was answered."""
 
 

@@ -62,7 +62,7 @@ def create_run_dir(path: Path, config: Config) -> None:
         shown = ", ".join(entries[:3]) + (", ..." if len(entries) > 3 else "")
         raise ValueError(
             f"run.dir {path} holds {len(entries)} entries ({shown}); it must be absent or empty: "
-            "name another folder (--set run.dir=...), continue this run with --resume, or remove it"
+            "name another folder (--set run.dir=...) or remove it"
         )
     _refuse_secrets(config)
     for name in ("pools", "checkpoints", "logs"):

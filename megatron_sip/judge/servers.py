@@ -9,11 +9,12 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from megatron_sip import config
+from megatron_sip.errors import RunFailed
 from megatron_sip.judge.served_model import ServedModel
 from megatron_sip.serving.client import HttpClient, RequestFailed, check_served_model
 
 
-class JudgeFailed(RuntimeError):
+class JudgeFailed(RunFailed):
     """Too many verdicts of one call are missing, or a judge's server is out of reach."""
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import aiohttp
 
+from megatron_sip.errors import RunFailed
 from megatron_sip.serving.client import Endpoint
 
 NEXT = {
@@ -24,7 +25,7 @@ NEXT = {
 }
 
 
-class WeightExchangeFailed(RuntimeError):
+class WeightExchangeFailed(RunFailed):
     """A control call failed; the servers' weights must be taken as broken."""
 
 

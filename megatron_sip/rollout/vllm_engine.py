@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from megatron_sip.data.tokenizer import Tokenizer
+from megatron_sip.errors import RunFailed
 from megatron_sip.serving.client import Endpoint, HttpClient
 from megatron_sip.types import Candidate, SipSample
 
 
-class BadReply(RuntimeError):
+class BadReply(RunFailed):
     """A rollout server answered what cannot be a rollout of the published weights."""
 
 

@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 import aiohttp
 import tenacity
 
+from megatron_sip.errors import RunFailed
+
 MAX_REPLY_BYTES = 64 * 2**20
 REASON_CHARACTERS = 300
 
@@ -44,7 +46,7 @@ class Endpoint:
             )
 
 
-class RequestFailed(Exception):
+class RequestFailed(RunFailed):
     """A request that got no usable answer; status 0 means that no HTTP status arrived."""
 
     def __init__(self, server: str, *, status: int, reason: str) -> None:

@@ -11,12 +11,14 @@ import signal
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from megatron_sip.errors import RunFailed
+
 PROBE_TIMEOUT_S = 2.0
 LOG_TAIL_LINES = 30
 NOISE = ("nanobind: ", " - leaked ", " - ... skipped remainder")
 
 
-class ServerFailed(RuntimeError):
+class ServerFailed(RunFailed):
     """A server did not start, died, or is not the one the recipe names."""
 
     def __init__(

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-import tomllib
 
 import numpy as np
 import pytest
@@ -198,8 +197,3 @@ def test_a_judge_folder_with_code_is_refused(workplace, launch):
     model = str(folder)
     message = one_rank(workplace, launch, SIP, "code", servers__judge__model=model)
     assert "servers.judge" in message and "modeling.py" in message and "remove it" in message
-
-
-def test_recipes_of_these_tests_are_what_the_user_would_write(improved):
-    saved = tomllib.loads((improved.run_dir / "config.toml").read_text())
-    assert saved["rollout"]["num_rollouts"] == 3 and saved["run"]["task"] == "sip"

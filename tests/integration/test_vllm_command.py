@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_sip.config import CPU_HEAD_SIZES, StartServer
+from megatron_sip.config import StartServer
+from megatron_sip.config_rules import CPU_HEAD_SIZES
 from megatron_sip.serving.server import server_command
 
 

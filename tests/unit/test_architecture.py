@@ -31,7 +31,7 @@ RESERVED = {
 
 # style section 8; a file may import its own layer and those before it
 LAYERS = {
-    1: ("types", "config", "config_rules", "recipe"),
+    1: ("types", "errors", "config", "config_rules", "recipe"),
     2: (
         "pool", "rows", "curriculum", "objectives.", "metrics", "data.permutation",
         "judge.schedules", "judge.scoring", "judge.prompts", "judge.criteria",

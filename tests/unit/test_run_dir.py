@@ -47,7 +47,7 @@ def test_folders_are_made_in_an_empty_folder(tmp_path: Path) -> None:
 def test_used_folder_or_file_is_refused_and_left_alone(tmp_path: Path) -> None:
     config = load_config(RECIPE)
     (tmp_path / ".hidden").touch()
-    with pytest.raises(ValueError, match=r"run\.dir .* holds 1 entries \(\.hidden\).*--resume"):
+    with pytest.raises(ValueError, match=r"run\.dir .* holds 1 entries \(\.hidden\).*or remove it"):
         create_run_dir(tmp_path, config)
     assert [p.name for p in tmp_path.iterdir()] == [".hidden"]
     with pytest.raises(ValueError, match="is a file"):
