@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import difflib
+import itertools
 import json
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
-from megatron_sip.config import Config, Section
+from megatron_sip.config import Config
 
 
-def _nearest_key(unknown: str) -> str:
-    """Remedy for an unknown key: the known key most like it, if any is."""
-    known = {key for section in (Config, *Section.__subclasses__()) for key in section.model_fields}
-    near = difflib.get_close_matches(unknown, sorted(known), n=1)
-    return f'did you mean "{near[0]}"?' if near else "remove it; the keys stand in config.py"
+def _keys(annotation: Any) -> list[str]:
+    """Keys of all sections inside a type annotation, nested ones included."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        nested = [_keys(field.annotation) for field in annotation.model_fields.values()]
+        return [*annotation.model_fields, *itertools.chain(*nested)]
+    return [key for argument in get_args(annotation) for key in _keys(argument)]
+
+
+def _remedy(location: Sequence[int | str]) -> str:
+    """What to write instead of the unknown key at `location`."""
+    *sections, unknown = map(str, location)
+    field = Config.model_fields.get(sections[0]) if sections else None
+    known = sorted(set(_keys(field.annotation) if field else Config.model_fields))
+    near = difflib.get_close_matches(unknown, known, n=1)
+    return f'did you mean "{near[0]}"?' if near else f"keys there: {', '.join(known)}"
 
 
 def _explain(error: dict[str, Any]) -> str:
@@ -25,7 +37,7 @@ def _explain(error: dict[str, Any]) -> str:
     location = error["loc"]
     key = ".".join(str(part) for part in location)
     if error["type"] == "extra_forbidden":
-        return f"{key}: unknown key; {_nearest_key(str(location[-1]))}"
+        return f"{key}: unknown key; {_remedy(location)}"
     if error["type"] == "missing":
         return f"{key}: required and missing"
     if error["type"] == "value_error":

@@ -134,7 +134,7 @@ def test_there_are_recipes_but_not_too_many() -> None:
         ("servers.policy.max_model_length=5", 'did you mean "max_model_len"?'),
         ("curriculum.source=[]", 'did you mean "sources"?'),
         ("platform.fp8={ formt = 1 }", 'did you mean "format"?'),
-        ("checkpoint.zzz=1", "remove it"),
+        ("checkpoint.zzz=1", "keys there: interval"),
         (
             'judge.criteria=[{ form = "likelihood", name = "a", server = "judge", wieght = 1.0 }]',
             'did you mean "weight"?',
