@@ -280,9 +280,6 @@ class DpoObjective(Section):
     """Candidates that may be chosen or rejected; the others are scored and logged only."""
     pairs_per_pool: PositiveInt = 1
     """Best with worst, second best with second worst, and so on."""
-    entropy_weight: NonNegative = 0.0
-    """Pairs are ranked by reward - entropy_weight x the engine's mean log-prob (nats a token):
-    maximum-entropy reward, against collapse onto frequent tokens. Needs pair_sources = rollout."""
     suffix_weight: NonNegative = 0.0
     """Weight of NLL on the original suffix as a second loss term."""
     prefix_weight: NonNegative = 0.0

@@ -111,8 +111,4 @@ def _sip_rules(c: Config) -> list[tuple[bool, str]]:
             (set(c.objective.pair_sources) <= sources,
              f"objective.pair_sources {c.objective.pair_sources} must be among "
              f"curriculum.sources {c.curriculum.sources}"))  # fmt: skip
-        rules.append(
-            (c.objective.entropy_weight == 0 or c.objective.pair_sources == ("rollout",),
-             'objective.entropy_weight needs objective.pair_sources = ["rollout"]: only rollouts '
-             "have log-probs of the policy"))  # fmt: skip
     return rules

@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from megatron_sip.config import DpoObjective
 from megatron_sip.objectives.terms import ORIGINAL_SUFFIX, nll_term, prefix_pick, segment_sums
 from megatron_sip.types import (
-    Candidate,
     CandidatePool,
     LossTerm,
     Pick,
@@ -45,26 +44,17 @@ def select(
     picks = []
     for pool, reward, ranked in zip(pools, rewards, order, strict=True):
         allowed = [i for i in ranked if pool.candidates[i].source in settings.pair_sources]
-        score = {i: _score(pool.candidates[i], float(reward.total[i]), settings) for i in allowed}
-        allowed.sort(key=score.__getitem__)  # stable: ties stay in seeded order
         pairs: list[Pick] = []
         for q in range(settings.pairs_per_pool):
             live = q < len(allowed) // 2
             chosen, rejected = (allowed[-1 - q], allowed[q]) if live else (0, 0)
-            live = live and score[chosen] > score[rejected]
+            live = live and bool(reward.total[chosen] > reward.total[rejected])
             pairs += [
                 Pick(chosen, "chosen", 0.0, float(live)),
                 Pick(rejected, "rejected", 0.0, float(live)),
             ]
         picks.append((*pairs, *extra))
     return picks
-
-
-def _score(candidate: Candidate, reward: float, settings: DpoObjective) -> float:
-    """Reward plus an entropy bonus: -log pi averaged over the candidate's tokens, nats."""
-    if settings.entropy_weight == 0:
-        return reward
-    return reward - settings.entropy_weight * float(candidate.logprobs.mean())
 
 
 def loss(

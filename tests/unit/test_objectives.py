@@ -269,16 +269,6 @@ def test_pairs_come_from_the_allowed_sources_only() -> None:
     assert [(p.candidate, p.weight) for p in found] == [(2, 1.0), (1, 1.0)]
 
 
-def test_entropy_weight_prefers_the_candidate_that_the_engine_found_less_likely() -> None:
-    settings = DpoObjective(name="dpo", pair_sources=("rollout",), entropy_weight=10.0)
-    one = pool(sample(), candidate((1,)), candidate((1, 2, 3)))  # mean log-probs -0.1, -0.2
-    (found,) = picks_of([one], [rewards([0.5, 0.0])], settings)
-    assert found[0].candidate == 1
-    (found,) = picks_of([one], [rewards([0.5, 0.0])], settings.model_copy(
-        update={"entropy_weight": 1.0}))  # fmt: skip
-    assert found[0].candidate == 0
-
-
 def test_total_loss_divides_each_term_by_its_own_global_count() -> None:
     rows = some_rows(DPO)
     terms = OBJECTIVES["dpo"][1](some_logprobs(rows), rows, DPO)
