@@ -1,0 +1,235 @@
+"""Puts a run together from its recipe: data, model, optimizer, servers, clients, exchange."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from megatron_sip import checkpoint, curriculum, parallel, services
+from megatron_sip.config import Config
+from megatron_sip.data.indexed_dataset import IndexedDataset
+from megatron_sip.data.sampler import PrefixSuffixSampler
+from megatron_sip.data.tokenizer import Tokenizer
+from megatron_sip.evaluation.evaluate import Evaluator
+from megatron_sip.exchange import WeightExchange
+from megatron_sip.experience import LiveExperience, PlainExperience, RecordedExperience
+from megatron_sip.learner import Learner
+from megatron_sip.metrics import PhaseTimer
+from megatron_sip.model import (
+    Policy,
+    build_module,
+    initialize_randomly,
+    transformer_config,
+    wrap_data_parallel,
+)
+from megatron_sip.objectives.terms import ORIGINAL_SUFFIX, PREFIX
+from megatron_sip.optimizer import build_optimizer, build_scheduler
+from megatron_sip.parallel import Ranks
+from megatron_sip.platform import Platform
+from megatron_sip.rollout.control import ControlClient
+from megatron_sip.rollout.weight_source import MegatronWeightSource
+from megatron_sip.rollout.weight_transfer import NcclSender, SharedMemorySender
+from megatron_sip.rows import make_rows, row_length
+from megatron_sip.serving.fleet import Fleet, FleetWatch
+from megatron_sip.step import Run
+from megatron_sip.types import CandidatePool, Pick, TrainState
+
+log = logging.getLogger(__name__)
+CONTROL_TIMEOUT_S = 300.0
+
+
+def open_data(config: Config) -> tuple[Tokenizer, dict[str, IndexedDataset]]:
+    """Tokenizer and datasets, checked against each other.
+
+    Raises: ValueError if one is missing or damaged, or was made with another tokenizer.
+    """
+    tokenizer = Tokenizer.load(config.data.tokenizer)
+    datasets = {}
+    for split in ("train", "validation", "test"):
+        dataset = IndexedDataset(getattr(config.data, split))
+        if dataset.manifest.tokenizer_digest != tokenizer.digest:
+            raise ValueError(
+                f"data.{split} was tokenized with another tokenizer than data.tokenizer "
+                f"{config.data.tokenizer}; run tools/preprocess_data.py with this one"
+            )
+        datasets[split] = dataset
+    return tokenizer, datasets
+
+
+def sampler_of(config: Config, dataset: Any, tokenizer: Tokenizer, seed: int) -> Any:
+    """Samples of one dataset as the recipe cuts them."""
+    return PrefixSuffixSampler(
+        dataset,
+        prefix_tokens=config.data.prefix_tokens,
+        min_prefix_tokens=config.data.min_prefix_tokens,
+        suffix_tokens=config.data.suffix_tokens,
+        seed=seed,
+        word_starts=tokenizer.word_starts,
+        eod=tokenizer.eod,
+    )
+
+
+def build_policy(config: Config, platform: Platform, ranks: Ranks, tokenizer: Tokenizer) -> Policy:
+    """Model with its first weights, wrapped for data parallel."""
+    model_config = transformer_config(config.model, config.parallel, platform)
+    module = build_module(model_config, config.model, platform, vocab_size=tokenizer.vocab_size)
+    init = config.model.init
+    if init.kind == "random":
+        initialize_randomly(module, config.model, seed=config.run.seed)
+    else:
+        identity = checkpoint.model_identity(
+            config.model, vocab_size=tokenizer.vocab_size, tokenizer_digest=tokenizer.digest
+        )
+        checkpoint.load_weights(init.path, module=module, identity=identity, ranks=ranks)
+    return wrap_data_parallel(model_config, module, config.optimizer, platform)
+
+
+def build_run(
+    config: Config,
+    platform: Platform,
+    ranks: Ranks,
+    tokenizer: Tokenizer,
+    datasets: dict[str, IndexedDataset],
+    console: Any,
+) -> Run:
+    """Everything of this rank but servers."""
+    policy = build_policy(config, platform, ranks, tokenizer)
+    optimizer = build_optimizer(policy, config.optimizer, platform)
+    scheduler = build_scheduler(optimizer, config.optimizer, steps=config.run.steps)
+    limit = config.rollout.max_logprob_mismatch if config.rollout else float("inf")
+    multiple = platform.token_multiple(
+        tensor_parallel=config.parallel.tensor_model_parallel_size,
+        sequence_parallel=config.parallel.sequence_parallel,
+    )
+    digests = {name: dataset.data_digest for name, dataset in datasets.items()}
+    stats = curriculum.initial_stats(config.curriculum) if config.curriculum else {}
+    timer = PhaseTimer(on_phase=console.phase)
+    sampler = sampler_of(config, datasets["train"], tokenizer, config.run.seed)
+    return Run(
+        config=config,
+        platform=platform,
+        ranks=ranks,
+        learner=Learner(policy, optimizer, scheduler, ranks, platform, limit),
+        experience=PlainExperience(sampler, timer) if ranks.is_io else None,
+        exchange=None,
+        timer=timer,
+        console=console,
+        row_length=row_length(config.data.prefix_tokens, config.data.suffix_tokens, multiple),
+        pad=tokenizer.eod,
+        vocab_size=tokenizer.vocab_size,
+        state=TrainState(0, 0, 0, stats, digests | {"tokenizer": tokenizer.digest}),
+        record_pools=config.run.task == "sip",
+    )
+
+
+def connect_servers(
+    run: Run,
+    tokenizer: Tokenizer,
+    datasets: dict[str, IndexedDataset],
+    pools_dir: Path | None,
+    stack: ExitStack,
+) -> Evaluator | None:
+    """Give the run its source of experience, and make the evaluator (none for a replay)."""
+    config, ranks = run.config, run.ranks
+    if pools_dir is not None:
+        if ranks.is_io:
+            run.experience = RecordedExperience(pools_dir, ranks.dp_rank, ranks.dp_size)
+        run.record_pools = False
+        return None
+    test = sampler_of(config, datasets["test"], tokenizer, config.evaluation.seed)
+    evaluator = Evaluator(
+        settings=config.evaluation,
+        samples=[test[i] for i in range(config.evaluation.num_prefixes)],
+        tokenizer=tokenizer,
+        ranks=ranks,
+        row_length=run.row_length,
+        device=run.platform.device,
+    )
+    if config.run.task == "ntp":
+        return evaluator
+    assert config.rollout is not None
+    fleet, endpoints = start_servers(run, tokenizer, stack)
+    if ranks.is_io:
+        found = services.connect(config, endpoints, tokenizer=tokenizer, stack=stack)
+        evaluator.engine, evaluator.judge = found.engine, found.evaluation_judge
+        assert isinstance(run.experience, PlainExperience)
+        run.experience = LiveExperience(
+            sampler=run.experience.sampler,
+            tokenizer=tokenizer,
+            engine=found.engine,
+            judge=found.judge,
+            rewriter=found.rewriter,
+            timer=run.timer,
+            seed=config.run.seed,
+            min_candidate_tokens=max(1, config.data.suffix_tokens // 8),
+            dp_size=ranks.dp_size,
+        )
+    run.exchange = build_exchange(run, tokenizer, evaluator, endpoints, stack, fleet)
+    run.exchange.sync(run.state.policy_version, run.timer)
+    return evaluator
+
+
+def start_servers(
+    run: Run, tokenizer: Tokenizer, stack: ExitStack
+) -> tuple[Fleet | None, dict[str, Any]]:
+    """Rank 0 starts and watches; every rank learns the addresses."""
+    fleet = endpoints = None
+    if run.ranks.is_main:
+        fleet = services.start_fleet(run.config, run.platform, tokenizer=tokenizer, stack=stack)
+        fleet.wait(lambda name, s: run.console.note(f"waiting for server {name}: {s:.0f} s"))
+        endpoints = fleet.endpoints
+        stack.callback(FleetWatch(fleet, report=server_died).close)
+    return fleet, parallel.broadcast_object(endpoints)
+
+
+def server_died(reason: str) -> None:
+    """Say so in the log and on the terminal; the process ends right after."""
+    log.error(reason)
+    print(f"error: {reason}", file=sys.stderr, flush=True)
+
+
+def build_exchange(
+    run: Run, tokenizer: Tokenizer, evaluator: Evaluator, endpoints: dict[str, Any],
+    stack: ExitStack, fleet: Fleet | None,
+) -> WeightExchange:  # fmt: skip
+    """The weight exchange with its backend, connected."""
+    config, ranks, rollout = run.config, run.ranks, run.config.rollout
+    assert rollout is not None
+    source = MegatronWeightSource(
+        run.learner.policy, config.model, ranks, run.platform, vocab_size=tokenizer.vocab_size
+    )
+    control = None
+    if ranks.is_main:
+        control = ControlClient([endpoints[rollout.server]], timeout_s=CONTROL_TIMEOUT_S)
+    if rollout.weight_transfer == "shared_memory":
+        sender: Any = SharedMemorySender(source, control, bucket_mib=rollout.bucket_mib)
+        if fleet is not None and sender.root is not None:
+            fleet.delete_at_end(sender.root)
+    else:
+        from megatron_sip.serving.processes import free_port
+
+        sender = NcclSender(
+            source,
+            control,
+            bucket_mib=rollout.bucket_mib,
+            rank=ranks.rank,
+            master_address=services.local_address(),
+            master_port=free_port(),
+        )
+    sample = evaluator.samples[0]
+    picks = (Pick(ORIGINAL_SUFFIX, "target", 0.0, 1.0), Pick(PREFIX, "prefix", 0.0, 1.0))
+    probe = make_rows(
+        [CandidatePool(sample, "", (), 0.0)], [picks], length=run.row_length, pad=run.pad
+    )
+    engine = evaluator.engine
+    exchange = WeightExchange(
+        sender, control, engine, run.learner.policy, ranks,
+        type(probe)(**{k: v.to(run.platform.device) for k, v in vars(probe).items()}),
+        rollout.max_logprob_mismatch,
+    )  # fmt: skip
+    stack.callback(exchange.close)
+    exchange.connect()
+    return exchange
