@@ -32,6 +32,7 @@ from megatron_sip.rows import make_rows
 from megatron_sip.types import Candidate, CandidatePool, Pick, SipSample
 
 DISTINCT_SET = 128  # candidates that one distinct-2 is taken over
+NUM_CANDIDATES = 4  # of each prefix; the first is judged, all count for diversity and length
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,9 @@ class PolicyOutput:
 
     documents: np.ndarray  # int64[n], the document of each prefix
     nll: np.ndarray  # of the true suffix
-    candidates: tuple[Candidate, ...]  # one a prefix; empty for next-token prediction
-    judge: np.ndarray  # mean log-prob of the candidate under the judge
-    second: np.ndarray  # mean log-prob of the candidate under the second scorer
+    candidates: tuple[tuple[Candidate, ...], ...]  # of each prefix; empty for next-token prediction
+    judge: np.ndarray  # mean log-prob of the first candidate under the judge
+    second: np.ndarray  # mean log-prob of the first candidate under the second scorer
 
 
 def mean_logprobs(
@@ -102,7 +103,8 @@ class Evaluator:
         part: dict[str, Any] = {"nll": -self._score(policy, mine, None)}
         candidates, scores = share(self._continue(mine) if self.ranks.is_io else None)
         if self.engine_used:
-            part["second"] = self._score(second, mine, candidates) if second is not None else None
+            first = [of_sample[0] for of_sample in candidates]
+            part["second"] = self._score(second, mine, first) if second is not None else None
         holds = {"io": self.ranks.is_io, "loss": self.ranks.reports_loss}
         parts = gather_objects((self.ranks.dp_rank, holds, part, candidates, scores), self.ranks)
         return self._join(parts) if self.ranks.is_main else None
@@ -120,14 +122,13 @@ class Evaluator:
             pad=self.tokenizer.eod, device=self.device,
         )  # fmt: skip
 
-    def _continue(self, samples: Sequence[SipSample]) -> tuple[list[Candidate], np.ndarray]:
-        """One continuation of each prefix and its mean log-prob under the judge."""
+    def _continue(self, samples: Sequence[SipSample]) -> tuple[list[list[Candidate]], np.ndarray]:
+        """Continuations of each prefix, and the first one's mean log-prob under the judge."""
         if self.engine is None or self.judge is None:
             return [], np.zeros(0)
-        rollouts = self.engine.generate(samples, 1, seed=self.settings.seed, step=0)
-        candidates = [of_sample[0] for of_sample in rollouts]
+        candidates = self.engine.generate(samples, NUM_CANDIDATES, seed=self.settings.seed, step=0)
         pools = [
-            CandidatePool(s, self.tokenizer.decode(s.prefix_ids), (c,), 1.0)
+            CandidatePool(s, self.tokenizer.decode(s.prefix_ids), (c[0],), 1.0)
             for s, c in zip(samples, candidates, strict=True)
         ]
         rewards, _, _ = self.judge.judge_pools(pools, seed=self.settings.seed)
@@ -141,7 +142,7 @@ class Evaluator:
         return PolicyOutput(
             documents=np.array([s.document_id for s in self.samples]),
             nll=np.concatenate([p[2]["nll"] for p in by_loss]),
-            candidates=tuple(c for p in by_io for c in p[3]),
+            candidates=tuple(tuple(of_sample) for p in by_io for of_sample in p[3]),
             judge=np.concatenate([p[4] for p in by_io]),
             second=np.concatenate(second) if second else np.zeros(0),
         )
@@ -180,7 +181,9 @@ def compare(start: PolicyOutput, end: PolicyOutput, settings: Evaluation) -> dic
     if len(start.second) and len(end.second):
         result["second_win_rate"] = float(wins(end.second, start.second).mean())
     for name, output in (("start", start), ("end", end)):
-        tokens = [c.token_ids for c in output.candidates]
-        result[f"distinct2_{name}"] = distinct_n_by_sets(tokens, 2, set_size=DISTINCT_SET)
-        result[f"mean_length_{name}"] = mean_length(tokens)
+        by_draw = [[c.token_ids for c in draw] for draw in zip(*output.candidates, strict=True)]
+        result[f"distinct2_{name}"] = float(
+            np.mean([distinct_n_by_sets(draw, 2, set_size=DISTINCT_SET) for draw in by_draw])
+        )
+        result[f"mean_length_{name}"] = float(np.mean([mean_length(draw) for draw in by_draw]))
     return result
