@@ -34,6 +34,7 @@ class WeightExchange:
     probe: TrainRows  # one row that holds the probe's tokens, the same on every rank
     limit: float  # nats
     verified: bool = False
+    version: int = -1  # policy version that the servers hold
 
     def connect(self) -> None:
         """Prepare the servers' side; again after a restart, which also asks for verification."""
@@ -60,6 +61,7 @@ class WeightExchange:
                 self.engine.weight_version = published
             if not self.verified:
                 self._verify()
+            self.version = version
         if not self.ranks.is_main:
             return {}
         seconds = time.perf_counter() - start

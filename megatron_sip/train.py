@@ -85,6 +85,8 @@ def loop(run: Run, evaluator: Evaluator | None, started: float) -> None:
         if metrics_log is not None:
             metrics_log.log(run.state.step, metrics)
             run.console.step(run.state.step, metrics)
+    if run.exchange is not None and run.exchange.version != run.state.policy_version:
+        run.exchange.sync(run.state.policy_version, run.timer)  # the last steps were not sent
     last = measure(run, evaluator, "evaluating the end policy")
     if ranks.is_main:
         result = compare(first, last, config.evaluation) if first and last else {}
