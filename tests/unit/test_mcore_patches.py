@@ -88,7 +88,8 @@ def outcomes() -> dict[str, str]:
     done = subprocess.run(
         [sys.executable, "-c", PROBE, ",".join(CASES), ",".join(CUDA_CALLS)],
         capture_output=True, text=True, timeout=180,
-        env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        env=os.environ
+        | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "RANK": "0", "WORLD_SIZE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1])
