@@ -1,4 +1,4 @@
-"""Four gloo processes that stay alive over all distributed tests and take any layout in turn.
+"""Four gloo processes that serve all distributed tests and take any layout in turn.
 
 A task is a function of a module in this folder; it gets a `Context` and runs on the first
 `tp x pp x dp` processes, between the making and the destruction of their process groups.
@@ -54,7 +54,14 @@ def free_port() -> int:
 
 
 def _serve(rank: int, pipe: Connection) -> None:
-    """Main of one process: run tasks until the pipe closes."""
+    """Main of one process: import once, then fork for each task until the pipe closes.
+
+    A process group leaves gloo's threads behind when it is destroyed; with the fork they end.
+    """
+    import megatron.core.dist_checkpointing
+    import megatron.core.models.gpt.gpt_model
+    import megatron.core.optimizer  # noqa: F401
+
     from megatron_sip.lifetime import die_with_parent
 
     die_with_parent()
@@ -66,10 +73,17 @@ def _serve(rank: int, pipe: Connection) -> None:
         except EOFError:
             os._exit(0)  # no atexit work of torch or Megatron-Core
         os.environ |= {"WORLD_SIZE": str(layout.world_size), "MASTER_PORT": str(port)}
-        try:
-            pipe.send((True, _task(layout, function, args)))
-        except Exception:
-            pipe.send((False, traceback.format_exc()))
+        child = os.fork()
+        if child == 0:
+            die_with_parent()
+            try:
+                pipe.send((True, _task(layout, function, args)))
+            except Exception:
+                pipe.send((False, traceback.format_exc()))
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            pipe.send((False, f"the task's process ended with status {status}"))
 
 
 def _task(layout: Layout, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
