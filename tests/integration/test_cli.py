@@ -164,9 +164,9 @@ def test_a_run_folder_with_content_is_refused_and_kept(workplace, launch, pretra
     assert sorted(p.name for p in pretrained.run_dir.iterdir()) == before
 
 
-def test_a_wrong_number_of_ranks_is_refused(workplace, launch):
+def test_a_start_without_torchrun_is_refused(workplace, launch):
     message = refusal(launch(workplace.recipe(NTP, "ranks"), torchrun=False))
-    assert "started 1 ranks, but parallel.world_size is 2" in message and "--nproc" in message
+    assert "RANK is not set" in message and "torchrun --nproc-per-node 2" in message
 
 
 def one_rank(workplace, launch, base, name, **changes):
