@@ -153,7 +153,9 @@ def connect_servers(
     assert config.rollout is not None
     fleet, endpoints = start_servers(run, tokenizer, stack)
     if ranks.is_io:
-        found = services.connect(config, endpoints, tokenizer=tokenizer, stack=stack)
+        found = services.connect(
+            config, endpoints, tokenizer=tokenizer, train=datasets["train"], stack=stack
+        )
         evaluator.engine, evaluator.judge = found.engine, found.evaluation_judge
         assert isinstance(run.experience, PlainExperience)
         run.experience = LiveExperience(

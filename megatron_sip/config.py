@@ -225,9 +225,20 @@ class PointwiseCriterion(Section):
     prompt: str
 
 
-Criterion = Annotated[
-    LikelihoodCriterion | PairwiseCriterion | PointwiseCriterion, Field(discriminator="form")
-]
+class RarityCriterion(Section):
+    """Minus the mean log-frequency of the candidate's tokens in data.train, nats a token.
+
+    Asks no server. Beside a likelihood it takes out what word frequency alone explains; both
+    with weight 1 are pointwise mutual information.
+    """
+
+    form: Literal["rarity"]
+    name: str
+    weight: float = 1.0
+
+
+AskedCriterion = LikelihoodCriterion | PairwiseCriterion | PointwiseCriterion
+Criterion = Annotated[AskedCriterion | RarityCriterion, Field(discriminator="form")]
 
 
 class Judge(Section):

@@ -71,7 +71,11 @@ def _sip_rules(c: Config) -> list[tuple[bool, str]]:
     """Rules on servers, sources and objective of a valid SIP recipe."""
     assert c.rollout and c.judge and c.curriculum
     users = {"rollout.server": c.rollout.server, "evaluation.server": c.evaluation.server}
-    users |= {f"judge.criteria[{i}].server": x.server for i, x in enumerate(c.judge.criteria)}
+    users |= {
+        f"judge.criteria[{i}].server": x.server
+        for i, x in enumerate(c.judge.criteria)
+        if x.form != "rarity"
+    }
     if c.rewriter:
         users["rewriter.server"] = c.rewriter.server
     rules = [

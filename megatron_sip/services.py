@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_sip.config import Config, ConnectServer, LikelihoodCriterion, StartServer
+from megatron_sip.config import (
+    Config,
+    ConnectServer,
+    Criterion,
+    LikelihoodCriterion,
+    StartServer,
+)
 from megatron_sip.convert.huggingface import llama_config
+from megatron_sip.data.frequencies import log_frequencies
+from megatron_sip.data.indexed_dataset import IndexedDataset
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.judge.cache import Cache
 from megatron_sip.judge.judge import Judge
+from megatron_sip.judge.rarity import Rarity
 from megatron_sip.judge.served_model import ServedModel, folder_digest
 from megatron_sip.judge.text_model import JudgeTokenizer
 from megatron_sip.platform import Platform
@@ -92,7 +102,12 @@ def start_fleet(
 
 
 def connect(
-    config: Config, endpoints: dict[str, Endpoint], *, tokenizer: Tokenizer, stack: ExitStack
+    config: Config,
+    endpoints: dict[str, Endpoint],
+    *,
+    tokenizer: Tokenizer,
+    train: IndexedDataset,
+    stack: ExitStack,
 ) -> Services:
     """Clients of all servers for one I/O rank."""
     assert config.rollout is not None and config.judge is not None
@@ -114,7 +129,11 @@ def connect(
         server=config.evaluation.server,
         prefix_tokens=config.evaluation.prefix_tokens,
     )
-    used = {c.server for c in config.judge.criteria} | {evaluation.server}
+    criteria = config.judge.criteria
+    used = {c.server for c in criteria if c.form != "rarity"} | {evaluation.server}
+    rarity = None
+    if any(c.form == "rarity" for c in criteria):
+        rarity = Rarity(log_frequencies(train), tokenizer.eod)
     if config.rewriter:
         used.add(config.rewriter.server)
     models = {name: _served_model(config, name, endpoints[name]) for name in used}
@@ -122,11 +141,15 @@ def connect(
     def prefix_text(sample: SipSample, num_tokens: int) -> str:
         return tokenizer.decode(sample.prefix_ids[-num_tokens:])
 
-    def make_judge(criteria: tuple) -> Judge:
+    def make_judge(criteria: Sequence[Criterion]) -> Judge:
         assert config.judge is not None
-        servers = {c.server: models[c.server] for c in criteria}
         return Judge(
-            criteria, servers=servers, cache=cache, settings=config.judge, prefix_text=prefix_text
+            criteria,
+            servers=models,
+            cache=cache,
+            settings=config.judge,
+            prefix_text=prefix_text,
+            rarity=rarity,
         )
 
     rewriter = None
@@ -138,7 +161,7 @@ def connect(
             tokenizer=tokenizer,
             suffix_tokens=config.data.suffix_tokens,
         )
-    return Services(engine, make_judge(config.judge.criteria), make_judge((evaluation,)), rewriter)
+    return Services(engine, make_judge(criteria), make_judge([evaluation]), rewriter)
 
 
 def _served_model(config: Config, name: str, endpoint: Endpoint) -> ServedModel:

@@ -23,7 +23,7 @@ class Asker:
 
     def __init__(
         self,
-        criteria: Sequence[config.Criterion],
+        criteria: Sequence[config.AskedCriterion],
         *,
         servers: Mapping[str, ServedModel],
         cache: Cache,
@@ -96,7 +96,7 @@ class Asker:
 
     async def _ask(
         self,
-        criterion: config.Criterion,
+        criterion: config.AskedCriterion,
         *,
         request: Request,
         servers: ServerPool,
@@ -121,7 +121,7 @@ class Asker:
         return Subject(prefix, pool.candidates[question.candidate].text, opponent)
 
 
-def _prompt(criterion: config.Criterion, servers: Mapping[str, ServedModel]) -> Prompt | None:
+def _prompt(criterion: config.AskedCriterion, servers: Mapping[str, ServedModel]) -> Prompt | None:
     """The criterion's prompt, checked against its form and its server's tokenizer."""
     where = f"judge criterion {criterion.name}"
     if criterion.server not in servers:

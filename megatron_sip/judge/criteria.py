@@ -141,6 +141,6 @@ FORMS: dict[str, Form] = {
 }
 
 
-def is_pairwise(criterion: config.Criterion) -> bool:
+def is_pairwise(criterion: config.AskedCriterion) -> bool:
     """Whether the criterion compares two candidates."""
     return FORMS[criterion.form].pairwise

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from megatron_sip import config
 from megatron_sip.judge.asking import Asker, derived_seed
 from megatron_sip.judge.cache import Cache
+from megatron_sip.judge.rarity import Rarity
 from megatron_sip.judge.schedules import next_questions
 from megatron_sip.judge.scoring import score_pool
 from megatron_sip.judge.served_model import ServedModel
@@ -34,13 +35,19 @@ class Judge:
         cache: Cache,
         settings: config.Judge,
         prefix_text: Callable[[SipSample, int], str],
+        rarity: Rarity | None = None,
     ) -> None:
         """Args: servers: by recipe name. prefix_text: (sample, n) to the text of the last n
-                policy tokens of the prefix.
+                policy tokens of the prefix. rarity: needed by a criterion of this form.
         Raises: ValueError naming a criterion whose server or prompt does not fit.
         """
-        self._criteria, self._servers, self._settings = tuple(criteria), servers, settings
-        self._asker = Asker(criteria, servers=servers, cache=cache, prefix_text=prefix_text)
+        self._criteria, self._settings = tuple(criteria), settings
+        self._asked = [c for c in criteria if c.form != "rarity"]
+        self._servers = {c.server: servers[c.server] for c in self._asked if c.server in servers}
+        self._asker = Asker(self._asked, servers=servers, cache=cache, prefix_text=prefix_text)
+        self._rarity = rarity
+        if rarity is None and len(self._asked) < len(self._criteria):
+            raise ValueError('a criterion of form "rarity" needs token frequencies; give them')
 
     def judge_pools(self, pools: Sequence[CandidatePool], *, seed: int) -> Judged:
         """Ask until the schedule is done, then score.
@@ -67,7 +74,7 @@ class Judge:
                         verdicts[i],
                         len(pool.candidates),
                         derived_seed(seed, pool.sample.sample_id),
-                        criteria=self._criteria,
+                        criteria=self._asked,
                     )
                 ]
                 if not round_:
@@ -79,13 +86,27 @@ class Judge:
                 )
                 for (i, _), verdict in zip(round_, answers, strict=True):
                     verdicts[i].append(verdict)
+        counts: dict[str, float] = {
+            "verdicts": sum(map(len, verdicts)),
+            "missing": sum(v.score is None for known in verdicts for v in known),
+            "seconds": time.monotonic() - start,
+        }
+        for pool, known in zip(pools, verdicts, strict=True):
+            known += self._rarity_verdicts(pool)
         rewards = [
             score_pool(known, len(pool.candidates), self._criteria)
             for pool, known in zip(pools, verdicts, strict=True)
         ]
-        counts: dict[str, float] = {
-            "verdicts": sum(map(len, verdicts)),
-            "missing": sum(r.num_missing for r in rewards),
-            "seconds": time.monotonic() - start,
-        }
         return rewards, [tuple(known) for known in verdicts], counts | servers.counts()
+
+    def _rarity_verdicts(self, pool: CandidatePool) -> list[Verdict]:
+        """One verdict for each candidate and criterion of form "rarity"."""
+        verdicts = []
+        for criterion in self._criteria:
+            if criterion.form == "rarity":
+                assert self._rarity is not None
+                for i, candidate in enumerate(pool.candidates):
+                    score = self._rarity.score(candidate)
+                    said = "not asked: no token to count" if score is None else f"{score:.6g}"
+                    verdicts.append(Verdict(criterion.name, i, -1, 0, score, said))
+        return verdicts

@@ -20,7 +20,7 @@ def next_questions(
     num_candidates: int,
     seed: int,
     *,
-    criteria: Sequence[config.Criterion],
+    criteria: Sequence[config.AskedCriterion],
 ) -> tuple[Question, ...]:
     """The next round of questions about one pool, () when done.
 
@@ -37,7 +37,7 @@ def all_pairs(
     verdicts: Sequence[Verdict],
     num_candidates: int,
     seed: int,
-    criteria: Sequence[config.Criterion],
+    criteria: Sequence[config.AskedCriterion],
 ) -> tuple[Question, ...]:
     """One round: each unordered pair once, or each candidate once where there is no opponent."""
     known = {(v.criterion, v.candidate, v.opponent, v.vote) for v in verdicts}
