@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ from megatron_sip.parallel import Ranks, broadcast_object, gather_objects
 from megatron_sip.rollout.control import ControlClient, WeightExchangeFailed
 from megatron_sip.rollout.vllm_engine import VllmEngine
 from megatron_sip.types import TrainRows
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -65,6 +68,7 @@ class WeightExchange:
         if not self.ranks.is_main:
             return {}
         seconds = time.perf_counter() - start
+        log.info("policy version %d is served, after %.2f s", version, seconds)
         return {"sync/seconds": (seconds, 1.0), "sync/pause_s": (pause_s, 1.0)}
 
     def _verify(self) -> None:

@@ -238,8 +238,11 @@ def run_tool(name: str, *arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def make_judge(folder: Path) -> Path:
-    """A random Llama with a small BPE tokenizer and a chat template."""
+def make_judge(folder: Path, *, labels: tuple[str, ...] = ()) -> Path:
+    """A random Llama with a small BPE tokenizer and a chat template.
+
+    With `labels` it always finds these one-token words likeliest; which of them, the text decides.
+    """
     import torch
     from judge_helpers import make_model_folder
     from safetensors.torch import save_file
@@ -259,6 +262,10 @@ def make_judge(folder: Path) -> Path:
         for name, shape in zip(entry.names, entry.shapes, strict=True):
             std = 0.3 if len(shape) > 1 else 0.0
             tensors[name] = std * torch.randn(shape, generator=generator) + (len(shape) == 1)
+    if labels:
+        tensors["model.embed_tokens.weight"][:, 0] = 4.0  # every hidden state points this way
+        for label in labels:
+            tensors["lm_head.weight"][tokenizer.token_to_id(label), 0] = 4.0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     description = llama_config(
         model, vocab_size=size, eos_token_id=tokenizer.token_to_id("<|im_end|>"),
