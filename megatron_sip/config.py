@@ -202,6 +202,8 @@ class LikelihoodCriterion(Section):
     weight: float = 1.0
     prefix_tokens: PositiveInt = 2048
     """Judge sees at most this many of the prefix's last policy tokens."""
+    white_space: bool = True
+    """Whether tokens of white space alone count; a paragraph break is an easy guess."""
 
 
 class PairwiseCriterion(Section):

@@ -17,7 +17,7 @@ from megatron_sip.config import (
     StartServer,
 )
 from megatron_sip.convert.huggingface import llama_config
-from megatron_sip.data.frequencies import log_frequencies
+from megatron_sip.data.frequencies import pair_frequencies
 from megatron_sip.data.indexed_dataset import IndexedDataset
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.judge.cache import Cache
@@ -133,7 +133,7 @@ def connect(
     used = {c.server for c in criteria if c.form != "rarity"} | {evaluation.server}
     rarity = None
     if any(c.form == "rarity" for c in criteria):
-        rarity = Rarity(log_frequencies(train), tokenizer.eod)
+        rarity = Rarity(pair_frequencies(train), tokenizer.eod)
     if config.rewriter:
         used.add(config.rewriter.server)
     models = {name: _served_model(config, name, endpoints[name]) for name in used}

@@ -51,6 +51,7 @@ class Asker:
                 request = form.build(
                     self._subject(pool, question),
                     question=question,
+                    criterion=criterion,
                     tokenizer=server.tokenizer,
                     prompt=prompt,
                 )
@@ -90,6 +91,7 @@ class Asker:
                 "prompt": [prompt.name, prompt.version, prompt.digest] if prompt else None,
                 "model": [server.endpoint.model, server.model_digest, server.tokenizer.digest],
                 "request": request.body,
+                "scored": request.scored,
                 "vote": question.vote,
             }
         )

@@ -38,7 +38,7 @@ class Request:
     """A request and what is needed to read its reply."""
 
     body: dict[str, Any]  # without model and seed
-    num_scored: int = 0  # likelihood: the last n prompt tokens are the continuation
+    scored: tuple[int, ...] = ()  # likelihood: places of the tokens in the prompt that count
     label_ids: tuple[int, ...] = ()  # label forms: the first label's probability is the score
 
 
@@ -46,28 +46,40 @@ class Request:
 class Form:
     """One way of asking."""
 
-    build: Callable[..., Request]  # (subject, question, tokenizer, prompt)
+    build: Callable[..., Request]  # (subject, question, criterion, tokenizer, prompt)
     parse: Callable[[Mapping[str, Any], Request], float]
     pairwise: bool = False
 
 
 def build_likelihood(
-    subject: Subject, *, question: Question, tokenizer: JudgeTokenizer, prompt: Prompt | None
+    subject: Subject,
+    *,
+    question: Question,
+    criterion: config.LikelihoodCriterion,
+    tokenizer: JudgeTokenizer,
+    prompt: Prompt | None,
 ) -> Request:
     """Prefix and candidate as one text; the prompt's log-probs are the answer.
 
     The very first token of a request has no log-prob and is left out.
     Raises: UnusableReply if there is nothing to score.
     """
-    ids, num = tokenizer.encode_continuation(subject.prefix, continuation=subject.candidate)
-    num = min(num, len(ids) - 1)
-    if num <= 0:
+    ids, places = tokenizer.encode_continuation(
+        subject.prefix, continuation=subject.candidate, white_space=criterion.white_space
+    )
+    places = tuple(place for place in places if place > 0)
+    if not places:
         raise UnusableReply("not asked: the continuation has no token to score")
-    return Request({"prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}, num)
+    return Request({"prompt": ids, "max_tokens": 1, "temperature": 0, "prompt_logprobs": 0}, places)
 
 
 def build_labels(
-    subject: Subject, *, question: Question, tokenizer: JudgeTokenizer, prompt: Prompt | None
+    subject: Subject,
+    *,
+    question: Question,
+    criterion: config.AskedCriterion,
+    tokenizer: JudgeTokenizer,
+    prompt: Prompt | None,
 ) -> Request:
     """The prompt, answered by one token, with the probabilities of the likeliest tokens."""
     assert prompt is not None and len(prompt.labels) == 2
@@ -95,8 +107,9 @@ def parse_likelihood(reply: Mapping[str, Any], request: Request) -> float:
     if not isinstance(rows, list) or len(rows) != len(ids):
         raise UnusableReply("the reply's prompt_logprobs do not match the prompt's length")
     values = []
-    for token, row in list(zip(ids, rows, strict=True))[-request.num_scored :]:
-        entry = row.get(str(token)) if isinstance(row, dict) else None
+    for place in request.scored:
+        row = rows[place]
+        entry = row.get(str(ids[place])) if isinstance(row, dict) else None
         values.append(_logprob(entry.get("logprob") if isinstance(entry, dict) else None))
     return math.fsum(values) / len(values)
 

@@ -1,8 +1,8 @@
-"""How rare the words of a candidate are: the criterion that costs no question. Pure.
+"""How rare the word pairs of a candidate are: the criterion that costs no question.
 
-A likelihood prefers common words whatever was said before, and a policy that learns from it turns
-to them. The likelihood's advantage over word frequency is what the prefix explains: with w = 1,
-mean log p(candidate | prefix) - mean log p(its tokens), their pointwise mutual information.
+A likelihood prefers common phrases whatever was said before, and a policy that learns from it turns
+to them: it loses diversity before it learns anything else. What a likelihood has beyond the
+frequency of the phrases is what the prefix explains (cf. pointwise mutual information).
 """
 
 from __future__ import annotations
@@ -11,22 +11,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from megatron_sip.data.frequencies import PairFrequencies
 from megatron_sip.types import Candidate
 
 
 @dataclass(frozen=True)
 class Rarity:
-    """Minus the mean log-frequency of a candidate's tokens.
+    """Minus the mean log-frequency of a candidate's pairs of adjacent tokens.
 
-    Args: log_frequency_V: float64[V], natural log of each token's share in a text.
+    Args: frequencies: of the pairs of a text.
           eod: end-of-document id, not counted: to end early is not to be rare.
     """
 
-    log_frequency_V: np.ndarray
+    frequencies: PairFrequencies
     eod: int
 
     def score(self, candidate: Candidate) -> float | None:
-        """Nats a token, >= 0; None if the candidate has no token but `eod`."""
+        """Nats a pair, >= 0; None if the candidate has no pair."""
         token_ids = np.asarray(candidate.token_ids)
-        token_ids = token_ids[token_ids != self.eod]
-        return -float(self.log_frequency_V[token_ids].mean()) if token_ids.size else None
+        log_share = self.frequencies.log_share(token_ids[token_ids != self.eod])
+        return -float(log_share.mean()) if log_share.size else None

@@ -84,19 +84,27 @@ class JudgeTokenizer:
             ids += tokenizer.encode(part, add_special_tokens=False).ids
         return ids
 
-    def encode_continuation(self, prefix: str, *, continuation: str) -> tuple[list[int], int]:
+    def encode_continuation(
+        self, prefix: str, *, continuation: str, white_space: bool = True
+    ) -> tuple[list[int], tuple[int, ...]]:
         """Prefix and continuation tokenised together, special tokens as ordinary text.
 
-        Returns: (ids, n): the last n ids are the continuation's, that is, cover at least one of
-                 its characters; n is 0 when the continuation is empty.
+        Args:    white_space: whether tokens that cover white space alone count.
+        Returns: (ids, positions): `positions` in `ids` are the continuation's, that is, cover at
+                 least one of its characters; none when the continuation is empty.
         """
-        encoding = self._untrusted.encode(prefix + continuation)
-        ends = [end for _, end in encoding.offsets]
+        text = prefix + continuation
+        encoding = self._untrusted.encode(text)
         ids = list(encoding.ids)
         while ids and encoding.special_tokens_mask[len(ids) - 1]:
             ids.pop()  # an end-of-text token that the tokenizer adds by itself
-        first = next((i for i in range(len(ids)) if ends[i] > len(prefix)), len(ids))
-        return ids, len(ids) - first
+        spans = encoding.offsets[: len(ids)]
+        first = next((i for i, (_, end) in enumerate(spans) if end > len(prefix)), len(ids))
+        return ids, tuple(
+            i
+            for i, (start, end) in enumerate(spans)
+            if i >= first and (white_space or text[start:end].strip())
+        )
 
     def label_id(self, label: str) -> int:
         """Id of a one-token label. Raises: ValueError if it takes several tokens."""

@@ -4,6 +4,7 @@ import math
 import pytest
 from judge_helpers import labels_reply, likelihood_reply, make_model_folder
 
+from megatron_sip import config
 from megatron_sip.judge.criteria import (
     FORMS,
     Subject,
@@ -18,6 +19,9 @@ from megatron_sip.judge.text_model import JudgeTokenizer
 from megatron_sip.types import Question
 
 QUESTION = Question("c", 0, 1, 0, True)
+PAIRWISE = config.PairwiseCriterion(
+    form="pairwise", name="c", server="j", prompt="quality_pairwise_v1"
+)
 SWAPPED = Question("c", 0, 1, 0, False)
 
 
@@ -26,9 +30,14 @@ def tokenizer(tmp_path_factory):
     return JudgeTokenizer(make_model_folder(tmp_path_factory.mktemp("model")))
 
 
-def likelihood(tokenizer, prefix="the world", text=" of words"):
+def likelihood(tokenizer, prefix="the world", text=" of words", **settings):
+    criterion = config.LikelihoodCriterion(form="likelihood", name="l", server="j", **settings)
     return build_likelihood(
-        Subject(prefix, text), question=QUESTION, tokenizer=tokenizer, prompt=None
+        Subject(prefix, text),
+        question=QUESTION,
+        criterion=criterion,
+        tokenizer=tokenizer,
+        prompt=None,
     )
 
 
@@ -36,6 +45,7 @@ def pairwise(tokenizer, question=QUESTION):
     return build_labels(
         Subject("P", "AAA", "BBB"),
         question=question,
+        criterion=PAIRWISE,
         tokenizer=tokenizer,
         prompt=load_prompt("quality_pairwise_v1"),
     )
@@ -44,13 +54,31 @@ def pairwise(tokenizer, question=QUESTION):
 def test_likelihood_is_the_mean_over_the_continuation_only(tokenizer):
     request = likelihood(tokenizer)
     reply = likelihood_reply(request.body)
-    values = [-float(i) for i in range(1, request.num_scored + 1)]
+    values = [-float(i) for i in range(1, len(request.scored) + 1)]
     rows = reply["choices"][0]["prompt_logprobs"]
     for row, token, value in zip(
         rows[-len(values) :], request.body["prompt"][-len(values) :], values, strict=True
     ):
         row[str(token)]["logprob"] = value
     assert parse_likelihood(reply, request) == pytest.approx(sum(values) / len(values))
+
+
+def test_white_space_can_be_left_out_of_the_mean(tokenizer):
+    text = ".\n\nthe world"
+    every, some = (
+        likelihood(tokenizer, text=text),
+        likelihood(tokenizer, text=text, white_space=False),
+    )
+    assert every.body == some.body and len(some.scored) < len(every.scored)
+    reply = likelihood_reply(every.body, -0.5)
+    rows, ids = reply["choices"][0]["prompt_logprobs"], every.body["prompt"]
+    for place in some.scored:
+        rows[place][str(ids[place])]["logprob"] = -2.0
+    assert parse_likelihood(reply, some) == -2.0
+    share = len(some.scored) / len(every.scored)
+    assert parse_likelihood(reply, every) == pytest.approx(-2.0 * share - 0.5 * (1 - share))
+    with pytest.raises(UnusableReply, match="no token"):
+        likelihood(tokenizer, text="\n\n \n", white_space=False)
 
 
 def test_an_empty_continuation_is_not_asked(tokenizer):
@@ -60,7 +88,7 @@ def test_an_empty_continuation_is_not_asked(tokenizer):
 
 def test_the_first_token_of_a_request_is_not_scored(tokenizer):
     request = likelihood(tokenizer, prefix="", text="the world of words")
-    assert request.num_scored == len(request.body["prompt"]) - 1
+    assert request.scored == tuple(range(1, len(request.body["prompt"])))
     with pytest.raises(UnusableReply):
         likelihood(tokenizer, prefix="", text="x")
 

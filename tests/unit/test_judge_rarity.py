@@ -13,38 +13,50 @@ from pool_helpers import pool as pool_of
 from test_data_indexed_dataset import write
 
 from megatron_sip import config
-from megatron_sip.data.frequencies import log_frequencies
+from megatron_sip.data.frequencies import PairFrequencies, pair_frequencies
 from megatron_sip.judge.cache import Cache
 from megatron_sip.judge.judge import Judge
 from megatron_sip.judge.rarity import Rarity
 
 EOD = 1
-SHARE = np.log(np.array([0.5, 0.1, 0.25, 0.15]))
 LIKELIHOOD = config.LikelihoodCriterion(form="likelihood", name="l", server="j")
 RARITY = config.RarityCriterion(form="rarity", name="r", weight=0.5)
+FREQUENCIES = PairFrequencies(np.array([3 * 600 + 4, 4 * 600 + 3]), np.array([6, 2]), 600)
 
 
-def test_shares_count_each_token_once_more_than_it_occurs(tmp_path: Path) -> None:
-    dataset = write(tmp_path / "d", [[5, 6, 5, EOD], [5, EOD]], vocab_size=8)
-    expected = np.array([1, 3, 1, 1, 1, 4, 2, 1]) / 14
-    np.testing.assert_allclose(np.exp(log_frequencies(dataset)), expected, rtol=1e-12)
+def test_pairs_are_counted_inside_documents(tmp_path: Path) -> None:
+    dataset = write(tmp_path / "d", [[5, 6, 5, 6, EOD], [6, 5, EOD], [7]], vocab_size=8)
+    found = pair_frequencies(dataset)
+    pairs = {
+        (int(c) // 8, int(c) % 8): int(n) for c, n in zip(found.codes, found.counts, strict=True)
+    }
+    assert pairs == {(5, 6): 2, (6, 5): 2, (6, EOD): 1, (5, EOD): 1}
+    shares = np.exp(found.log_share(np.array([5, 6, EOD, 7])))
+    np.testing.assert_allclose(shares, [2 / 6, 1 / 6, 0.5 / 6], rtol=1e-12)
+
+
+def test_codes_do_not_overflow_with_a_large_vocabulary() -> None:
+    last = 200_000
+    code = (last - 1) * last + last - 1
+    frequencies = PairFrequencies(np.array([0, code]), np.array([1, 3]), last)
+    tokens = np.array([last - 1, last - 1], dtype=np.int32)
+    assert np.exp(frequencies.log_share(tokens)) == pytest.approx([0.75])
 
 
 def test_a_large_dataset_is_read_at_even_steps_and_no_further(tmp_path: Path) -> None:
     dataset = write(tmp_path / "d", [[token] * 10 for token in range(8)], vocab_size=8)
-    count = np.exp(log_frequencies(dataset, max_tokens=40)) * (8 + 40)
-    np.testing.assert_allclose(count, [11, 1] * 4)
-    count = np.exp(log_frequencies(dataset, max_tokens=15)) * (8 + 15)
-    np.testing.assert_allclose(count.sum(), 23)
-    assert np.round(count).tolist() == [11, 1, 1, 1, 1, 1, 6, 1]
+    found = pair_frequencies(dataset, max_tokens=40)
+    assert (found.codes // 8).tolist() == [0, 2, 4, 6] and found.counts.tolist() == [9] * 4
+    found = pair_frequencies(dataset, max_tokens=15)
+    assert (found.codes // 8).tolist() == [0, 6] and found.counts.tolist() == [9, 4]
 
 
 def test_rarity_is_minus_the_mean_log_share_and_the_end_counts_for_nothing() -> None:
-    rarity = Rarity(SHARE, eod=EOD)
-    expected = -(math.log(0.5) + math.log(0.25)) / 2
-    assert rarity.score(candidate([0, 2])) == pytest.approx(expected, abs=1e-12)
-    assert rarity.score(candidate([0, 2, EOD])) == pytest.approx(expected, abs=1e-12)
-    assert rarity.score(candidate([EOD])) is None
+    rarity = Rarity(FREQUENCIES, eod=EOD)
+    expected = -(math.log(6 / 8) + math.log(2 / 8) + math.log(0.5 / 8)) / 3
+    assert rarity.score(candidate([3, 4, 3, 9])) == pytest.approx(expected, abs=1e-12)
+    assert rarity.score(candidate([3, 4, 3, 9, EOD])) == pytest.approx(expected, abs=1e-12)
+    assert rarity.score(candidate([3, EOD])) is None
 
 
 def judge(url: str, folder: Path, rarity: Rarity | None) -> Judge:
@@ -62,14 +74,14 @@ def judge(url: str, folder: Path, rarity: Rarity | None) -> Judge:
 def test_it_enters_the_reward_with_its_weight_and_is_no_question(tmp_path: Path) -> None:
     folder = make_model_folder(tmp_path)
     pool = pool_of(
-        make_pool(["a b", "c d"]).sample, candidate([3, 4], text="a b"), candidate([5], text="c d")
+        make_pool(["a b", "c d"]).sample,
+        candidate([3, 4], text="a b"),
+        candidate([5, 3], text="c d"),
     )
-    shares = np.linspace(-9.0, -1.0, 600)
+    rarity = Rarity(FREQUENCIES, EOD)
     with scripted_server(lambda path, body: likelihood_reply(body, -2.0)) as url:
-        (rewards,), (verdicts,), counts = judge(url, folder, Rarity(shares, 599)).judge_pools(
-            [pool], seed=3
-        )
-    rare = [-shares[c.token_ids].mean() for c in pool.candidates]
+        (rewards,), (verdicts,), counts = judge(url, folder, rarity).judge_pools([pool], seed=3)
+    rare = [rarity.score(c) for c in pool.candidates]
     np.testing.assert_allclose(rewards.by_criterion["r"], rare, rtol=1e-6)
     np.testing.assert_allclose(rewards.total, -2.0 + 0.5 * np.array(rare), rtol=1e-6)
     assert counts["verdicts"] == 2 and counts["missing"] == 0

@@ -30,8 +30,8 @@ def test_special_tokens_in_untrusted_text_stay_ordinary_text(tokenizer, candidat
     assert (
         whole == f"{start}user\nJudge this: <<<\n{attack}\n>>> and {prefix}{end}{start}assistant\n"
     )
-    joint, num = tokenizer.encode_continuation(prefix, continuation=attack)
-    assert not set(joint) & set(SPECIAL_IDS) and num > 0
+    joint, places = tokenizer.encode_continuation(prefix, continuation=attack)
+    assert not set(joint) & set(SPECIAL_IDS) and places
 
 
 def test_a_field_may_look_like_a_placeholder_or_a_template(tokenizer):
@@ -55,7 +55,9 @@ def test_a_placeholder_without_value_is_an_error(tokenizer):
 def test_continuation_tokens_are_those_that_cover_a_character_of_it(
     tokenizer, prefix, continuation
 ):
-    ids, num = tokenizer.encode_continuation(prefix, continuation=continuation)
+    ids, places = tokenizer.encode_continuation(prefix, continuation=continuation)
+    num = len(places)
+    assert places == tuple(range(len(ids) - num, len(ids)))
     assert tokenizer._untrusted.decode(ids, skip_special_tokens=False) == prefix + continuation
     if not continuation:
         assert num == 0
@@ -67,9 +69,19 @@ def test_continuation_tokens_are_those_that_cover_a_character_of_it(
 
 def test_a_token_across_the_border_belongs_to_the_continuation(tokenizer):
     assert len(tokenizer._trusted.encode(" world").ids) == 1
-    assert tokenizer.encode_continuation("the wor", continuation="ld")[1] == 1
-    assert tokenizer.encode_continuation("the", continuation=" world")[1] == 1
-    assert tokenizer.encode_continuation("the world", continuation="")[1] == 0
+    assert len(tokenizer.encode_continuation("the wor", continuation="ld")[1]) == 1
+    assert len(tokenizer.encode_continuation("the", continuation=" world")[1]) == 1
+    assert tokenizer.encode_continuation("the world", continuation="")[1] == ()
+
+
+def test_tokens_of_white_space_alone_can_be_left_out(tokenizer):
+    prefix, continuation = "the world", ".\n\n \nthe world"
+    ids, every = tokenizer.encode_continuation(prefix, continuation=continuation)
+    same, some = tokenizer.encode_continuation(prefix, continuation=continuation, white_space=False)
+    assert same == ids and set(some) < set(every)
+    for place in every:
+        text = tokenizer._trusted.decode([ids[place]])
+        assert (place in some) == bool(text.strip())
 
 
 def test_a_label_of_several_tokens_is_refused(tokenizer):
