@@ -15,7 +15,12 @@ from megatron_sip.data.sampler import PrefixSuffixSampler
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.evaluation.evaluate import Evaluator
 from megatron_sip.exchange import WeightExchange
-from megatron_sip.experience import LiveExperience, PlainExperience, RecordedExperience
+from megatron_sip.experience import (
+    LiveExperience,
+    PlainExperience,
+    RecordedExperience,
+    ResumedExperience,
+)
 from megatron_sip.learner import Learner
 from megatron_sip.metrics import PhaseTimer
 from megatron_sip.model import (
@@ -72,17 +77,22 @@ def sampler_of(config: Config, dataset: Any, tokenizer: Tokenizer, seed: int) ->
     )
 
 
-def build_policy(config: Config, platform: Platform, ranks: Ranks, tokenizer: Tokenizer) -> Policy:
-    """Model with its first weights, wrapped for data parallel."""
+def build_policy(
+    config: Config,
+    platform: Platform,
+    ranks: Ranks,
+    tokenizer: Tokenizer,
+    identity: dict[str, Any],
+    *,
+    resume: bool,
+) -> Policy:
+    """Model with its first weights (to be loaded, in a resumed run), wrapped for data parallel."""
     model_config = transformer_config(config.model, config.parallel, platform)
     module = build_module(model_config, config.model, platform, vocab_size=tokenizer.vocab_size)
     init = config.model.init
-    if init.kind == "random":
+    if init.kind == "random" or resume:
         initialize_randomly(module, config.model, seed=config.run.seed)
     else:
-        identity = checkpoint.model_identity(
-            config.model, vocab_size=tokenizer.vocab_size, tokenizer_digest=tokenizer.digest
-        )
         checkpoint.load_weights(init.path, module=module, identity=identity, ranks=ranks)
     return wrap_data_parallel(model_config, module, config.optimizer, platform)
 
@@ -94,9 +104,14 @@ def build_run(
     tokenizer: Tokenizer,
     datasets: dict[str, IndexedDataset],
     console: Any,
+    *,
+    resume: bool,
 ) -> Run:
     """Everything of this rank but servers."""
-    policy = build_policy(config, platform, ranks, tokenizer)
+    identity = checkpoint.model_identity(
+        config.model, vocab_size=tokenizer.vocab_size, tokenizer_digest=tokenizer.digest
+    )
+    policy = build_policy(config, platform, ranks, tokenizer, identity, resume=resume)
     optimizer = build_optimizer(policy, config.optimizer, platform)
     scheduler = build_scheduler(optimizer, config.optimizer, steps=config.run.steps)
     limit = config.rollout.max_logprob_mismatch if config.rollout else float("inf")
@@ -121,6 +136,7 @@ def build_run(
         pad=tokenizer.eod,
         vocab_size=tokenizer.vocab_size,
         state=TrainState(0, 0, 0, stats, digests | {"tokenizer": tokenizer.digest}),
+        identity=identity,
         record_pools=config.run.task == "sip",
     )
 
@@ -169,6 +185,11 @@ def connect_servers(
             min_candidate_tokens=max(1, config.data.suffix_tokens // 8),
             dp_size=ranks.dp_size,
         )
+        if run.replay_until > run.state.step:
+            recorded = RecordedExperience(
+                Path(config.run.dir) / "pools", ranks.dp_rank, ranks.dp_size
+            )
+            run.experience = ResumedExperience(recorded, run.experience, run.replay_until)
     run.exchange = build_exchange(run, tokenizer, evaluator, endpoints, stack, fleet)
     run.exchange.sync(run.state.policy_version, run.timer)
     return evaluator

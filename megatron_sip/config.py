@@ -332,6 +332,10 @@ Curriculum = Annotated[EmergentCurriculum | StagedCurriculum, Field(discriminato
 class Checkpoint(Section):
     interval: PositiveInt
     """Steps between checkpoints; one is always written at the end."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints that are kept."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of steps that are a multiple of this are kept for good."""
 
 
 class Evaluation(Section):

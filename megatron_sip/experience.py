@@ -1,6 +1,6 @@
 """What an I/O rank gathers for one step: samples, rollouts, rewrites, verdicts, picks.
 
-`LiveExperience` asks servers, `RecordedExperience` replays the ledger of another run, and
+`LiveExperience` asks servers, `RecordedExperience` replays the ledger of a run, and
 `PlainExperience` (next-token prediction) only samples. All return the same records.
 """
 
@@ -169,6 +169,21 @@ class RecordedExperience:
                 f"recipe wants {len(positions)}; use the data.global_batch_size of the recording"
             )
         return records, {}
+
+
+@dataclass
+class ResumedExperience:
+    """The committed pools while there are some, then the live source."""
+
+    recorded: RecordedExperience
+    live: Experience
+    until: int  # first step that is not committed
+
+    def make(self, plan, settings, *, step, first_sample, positions):
+        source = self.recorded if step < self.until else self.live
+        return source.make(
+            plan, settings, step=step, first_sample=first_sample, positions=positions
+        )
 
 
 def rollout_means(rollouts: Sequence[Sequence[Candidate]]) -> Means:

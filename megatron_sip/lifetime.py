@@ -1,4 +1,4 @@
-"""Tie a trainer rank's life to torchrun's. Linux only; elsewhere it does nothing and says so."""
+"""A trainer rank's life: tied to torchrun's, and ended on request between two steps."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ import ctypes
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from megatron_sip.errors import RunFailed
 
 PR_SET_PDEATHSIG = 1
 
 
 def die_with_parent() -> bool:
     """Ask the kernel to SIGKILL this process when its parent is gone; call it first thing.
+
+    Linux only; elsewhere it does nothing and says so.
 
     torchrun ends its ranks when it can; a SIGKILLed torchrun cannot, and its ranks would go on.
     The kernel watches the *thread* that started this process: torchrun starts ranks from its main
@@ -30,3 +38,56 @@ def die_with_parent() -> bool:
     if os.getppid() != parent:  # it died before the kernel knew
         os.kill(os.getpid(), signal.SIGKILL)
     return True
+
+
+@contextmanager
+def children_shielded() -> Iterator[None]:
+    """Processes that are started inside do not see SIGTERM and SIGINT.
+
+    torchrun sends them to a rank's whole process group, and a helper that dies of one takes the
+    checkpoint that it was writing with it. This process still gets them, at the latest on leaving.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class Stopped(RunFailed):
+    """The run was asked to stop, saved a checkpoint and ended."""
+
+    def __init__(self, signum: int, *, step: int) -> None:
+        self.signum = signum
+        super().__init__(
+            f"stopped by {signal.Signals(signum).name} after step {step}, which is saved; go on "
+            "with the same command and --resume"
+        )
+
+
+class StopRequest:
+    """SIGTERM and SIGINT as a wish that the loop grants after its step; a second one ends at once.
+
+    A context: outside of it the signals do what they did before.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self) -> None:
+        self.signum = 0  # 0: not asked
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopRequest:
+        self._before = {s: signal.signal(s, self._ask) for s in self.SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _ask(self, signum: int, frame: FrameType | None) -> None:
+        self.signum = signum
+        self._restore()
+
+    def _restore(self) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)

@@ -109,6 +109,32 @@ def _patch_random_states() -> None:
     patched._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
 
+def _patch_optimizer_load() -> None:
+    """Reason: Torch's Adam counts steps in each parameter's state, where the GPU's fused Adam does
+    not. Loading a `fully_reshardable` checkpoint leaves that entry out and then asks for it; and it
+    gives all parameters one tensor, which then counts every parameter's step.
+    """
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    optimizer: Any = DistributedOptimizer
+    set_states = optimizer._set_main_param_and_optimizer_states
+
+    def set_all_but_step(self: Any, model_param: Any, tensors: dict[str, torch.Tensor]) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        set_states(self, model_param, {"step": state["step"], **tensors})
+
+    load = optimizer.load_state_dict
+
+    def load_and_part_steps(self: Any, state_dict: dict[str, Any]) -> None:
+        load(self, state_dict)
+        for state in self.optimizer.state.values():
+            state["step"] = state["step"].clone()
+
+    optimizer._set_main_param_and_optimizer_states = set_all_but_step
+    optimizer.load_state_dict = load_and_part_steps
+
+
 _installed = False
 
 
@@ -130,4 +156,5 @@ def install() -> None:
     _patch_torch_cuda()
     CudaRequestsToCpu().__enter__()
     _patch_random_states()
+    _patch_optimizer_load()
     _installed = True

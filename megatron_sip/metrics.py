@@ -101,14 +101,18 @@ class MetricLogger:
     """Appends one JSON object a step to metrics.jsonl; each line is on its way when `log` returns.
 
     A resumed run repeats the steps after its checkpoint: the last line of a step counts. Half a
-    line, left by a run that was killed while writing, is removed.
+    line, left by a run that was killed while writing, is removed. `steps` are those that the file
+    held before.
     """
 
     def __init__(self, run_dir: Path) -> None:
         path = run_dir / "metrics.jsonl"
         self._file = path.open("ab+")
         self._file.seek(0)
-        self._file.truncate(self._file.read().rfind(b"\n") + 1)
+        content = self._file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._file.truncate(len(whole))
+        self.steps = {int(json.loads(line)["step"]) for line in whole.splitlines()}
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Write one line, keys sorted.
@@ -129,6 +133,12 @@ class MetricLogger:
 
     def close(self) -> None:
         self._file.close()
+
+    def __enter__(self) -> MetricLogger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class PhaseTimer:

@@ -123,6 +123,14 @@ def read_pools(pools_dir: Path, step: int, *, dp_rank: int, dp_size: int) -> lis
     return records[dp_rank * share : (dp_rank + 1) * share]
 
 
+def num_committed(pools_dir: Path) -> int:
+    """Steps 0, 1, ... that are committed without a gap."""
+    step = 0
+    while _marker(pools_dir, step).exists():
+        step += 1
+    return step
+
+
 def _shard(folder: Path, step: int, dp_rank: int) -> Path:
     return folder / f"step_{step:08d}.dp{dp_rank}.parquet"
 

@@ -79,7 +79,7 @@ def start_fleet(
             continue
         if server.model == "policy":
             folder = run_dir / "servers" / name
-            folder.mkdir(parents=True)
+            folder.mkdir(parents=True, exist_ok=True)
             description = llama_config(
                 config.model,
                 vocab_size=tokenizer.vocab_size,

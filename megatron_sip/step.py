@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from megatron_sip import curriculum
+from megatron_sip.checkpoint import save_weights
 from megatron_sip.config import Config
 from megatron_sip.console import StepConsole
 from megatron_sip.exchange import WeightExchange
@@ -40,7 +41,9 @@ class Run:
     pad: int
     vocab_size: int
     state: TrainState
+    identity: dict[str, Any]  # of model and tokenizer, for checkpoints
     record_pools: bool
+    replay_until: int = 0  # a resumed run learns steps below this from its own committed pools
     start_policy: Any = None  # frozen copy of the first weights: second scorer, reference
     reference: Any = None
     fresh_reference: bool = False
@@ -81,6 +84,11 @@ def take_reference(run: Run, plan: Plan) -> None:
             run.reference = frozen_copy(
                 run.learner.policy, run.config, run.platform, vocab_size=run.vocab_size
             )
+        run.state = replace(run.state, reference_version=run.state.policy_version)
+        save_weights(
+            Path(run.config.run.dir), run.state.policy_version, policy=run.learner.policy,
+            identity=run.identity, ranks=run.ranks,
+        )  # fmt: skip
         run.fresh_reference = run.config.platform.fp8 is None  # FP8 history moves between passes
 
 
@@ -169,7 +177,9 @@ def sync_weights(run: Run) -> Means:
     """Hand the new weights to the rollout servers when they are due."""
     if run.exchange is None or run.config.rollout is None:
         return {}
-    if run.state.step % run.config.rollout.sync_interval:
+    replayed = run.state.step < run.replay_until
+    due = run.state.step % run.config.rollout.sync_interval == 0
+    if replayed or not (due or run.state.step == run.replay_until):
         return {}
     return run.exchange.sync(run.state.policy_version, run.timer)
 
@@ -178,7 +188,7 @@ def commit_pools(run: Run, records: list[PoolRecord], step: int) -> None:
     """Write this replica's shard of the ledger; rank 0 marks the step when all are there."""
     import torch.distributed as dist
 
-    if not run.record_pools:
+    if not run.record_pools or step < run.replay_until:
         return
     with run.timer("record"):
         folder = Path(run.config.run.dir)

@@ -12,44 +12,55 @@ import torch.distributed as dist
 
 from megatron_sip import checkpoint, parallel, services
 from megatron_sip.assembly import build_run, connect_servers, open_data
+from megatron_sip.checkpoint_files import prune
 from megatron_sip.config import Config
 from megatron_sip.console import Console, SilentConsole, setup_logging
-from megatron_sip.evaluation.evaluate import Evaluator, compare
-from megatron_sip.lifetime import die_with_parent
+from megatron_sip.evaluation.evaluate import Evaluator, PolicyOutput, compare
+from megatron_sip.evaluation.saved import load_output, save_output
+from megatron_sip.lifetime import Stopped, StopRequest, die_with_parent
 from megatron_sip.metrics import MetricLogger
-from megatron_sip.model import (
-    frozen_copy,
-)
+from megatron_sip.model import frozen_copy
 from megatron_sip.parallel import Ranks
 from megatron_sip.platform import PLATFORMS
+from megatron_sip.resume import check_recipe, restore
 from megatron_sip.run_dir import create_run_dir, write_summary
 from megatron_sip.step import Run, run_step
 
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, *, pools_dir: Path | None = None) -> None:
-    """Run the recipe from step 0 to its end; every rank calls it.
+def train(config: Config, *, pools_dir: Path | None = None, resume: bool = False) -> None:
+    """Run the recipe to its end, from step 0 or from the latest checkpoint; every rank calls it.
 
     Args:   pools_dir: pools/ of another run to learn from instead of asking servers.
-    Raises: ValueError for what is wrong with recipe, data or checkpoint, before servers start.
+            resume: go on with the run in run.dir.
+    Raises: ValueError for what is wrong with recipe, data or checkpoint, before servers start;
+            Stopped once SIGTERM or SIGINT was obeyed.
     """
     started = time.time()
     die_with_parent()
     tokenizer, datasets = open_data(config)
+    if resume:
+        check_recipe(config)
     if config.run.task == "sip" and pools_dir is None:
         services.check_models(config)
     platform = PLATFORMS[config.platform.kind](config.platform)
     ranks = parallel.initialize(config.parallel, platform, seed=config.run.seed)
-    prepare_run_dir(config, ranks)
+    if not resume:
+        prepare_run_dir(config, ranks)
+    setup_logging(config.run.dir, rank=ranks.rank)
     with ExitStack() as stack:
         console = SilentConsole()
         if ranks.is_main:
             console = Console(config.run.steps, title=f"{config.run.task}: {config.run.dir}")
         stack.enter_context(console)
-        run = build_run(config, platform, ranks, tokenizer, datasets, console)
+        run = build_run(config, platform, ranks, tokenizer, datasets, console, resume=resume)
+        if resume:
+            restore(run)
         evaluator = connect_servers(run, tokenizer, datasets, pools_dir, stack)
-        loop(run, evaluator, started)
+        first = begin(run, evaluator, resume)
+        train_steps(run, stack)
+        finish(run, evaluator, first, started)
 
 
 def prepare_run_dir(config: Config, ranks: Ranks) -> None:
@@ -63,39 +74,73 @@ def prepare_run_dir(config: Config, ranks: Ranks) -> None:
     problem = parallel.broadcast_object(problem)
     if problem is not None:
         raise ValueError(problem)
-    setup_logging(config.run.dir, rank=ranks.rank)
 
 
-def loop(run: Run, evaluator: Evaluator | None, started: float) -> None:
-    """Evaluate the start, train, save, evaluate the end, sum up."""
-    config, ranks = run.config, run.ranks
-    metrics_log = MetricLogger(config.run.dir) if ranks.is_main else None
+def begin(run: Run, evaluator: Evaluator | None, resume: bool) -> PolicyOutput | None:
+    """The start policy, kept and evaluated; a resumed run reads both back."""
+    config, run_dir = run.config, run.config.run.dir
+    if resume:
+        run.console.note(
+            f"resumed after step {run.state.step}, with {run.replay_until - run.state.step} steps "
+            "to learn again from recorded pools"
+            if run.replay_until > run.state.step
+            else f"resumed after step {run.state.step}"
+        )
+        return load_output(run_dir) if run.ranks.is_main and evaluator is not None else None
     if run.exchange is not None:
         run.start_policy = frozen_copy(
             run.learner.policy, config, run.platform, vocab_size=run.vocab_size
         )
+        checkpoint.save_weights(
+            run_dir, 0, policy=run.learner.policy, identity=run.identity, ranks=run.ranks
+        )
     first = measure(run, evaluator, "evaluating the start policy")
+    if first is not None:
+        save_output(run_dir, first)
+    return first
+
+
+def train_steps(run: Run, stack: ExitStack) -> None:
+    """The loop: steps, checkpoints, metrics, and the wish to stop.
+
+    Raises: Stopped, on every rank, after a checkpoint.
+    """
+    config = run.config
+    metrics_log = stack.enter_context(MetricLogger(config.run.dir)) if run.ranks.is_main else None
     run.timer.take()  # what came before the first step
-    for _ in range(config.run.steps):
-        begun = time.perf_counter()
-        metrics = run_step(run)
-        if run.state.step % config.checkpoint.interval == 0 or run.state.step == config.run.steps:
-            save(run)
-        metrics |= run.timer.take() | {"time/step_s": time.perf_counter() - begun}
-        if metrics_log is not None:
-            metrics_log.log(run.state.step, metrics)
-            run.console.step(run.state.step, metrics)
+    with StopRequest() as request:
+        while run.state.step < config.run.steps:
+            begun = time.perf_counter()
+            metrics = run_step(run)
+            signum = int(parallel.maximum(request.signum, run.platform))
+            last = run.state.step == config.run.steps
+            if last or signum or run.state.step % config.checkpoint.interval == 0:
+                save(run)
+            metrics |= run.timer.take() | {"time/step_s": time.perf_counter() - begun}
+            if metrics_log is not None:
+                if run.state.step > run.replay_until or run.state.step not in metrics_log.steps:
+                    metrics_log.log(run.state.step, metrics)
+                run.console.step(run.state.step, metrics)
+            if signum and not last:
+                raise Stopped(signum, step=run.state.step)
+
+
+def finish(
+    run: Run, evaluator: Evaluator | None, first: PolicyOutput | None, started: float
+) -> None:
+    """Evaluate the end policy and sum up."""
+    config = run.config
     if run.exchange is not None and run.exchange.version != run.state.policy_version:
         run.exchange.sync(run.state.policy_version, run.timer)  # the last steps were not sent
     last = measure(run, evaluator, "evaluating the end policy")
-    if ranks.is_main:
+    if run.ranks.is_main:
         result = compare(first, last, config.evaluation) if first and last else {}
         write_summary(config.run.dir, summary(run, result, time.time() - started))
         run.console.note(f"done: {config.run.dir}/summary.json")
     dist.barrier()
 
 
-def measure(run: Run, evaluator: Evaluator | None, text: str) -> Any:
+def measure(run: Run, evaluator: Evaluator | None, text: str) -> PolicyOutput | None:
     """One evaluation of the present policy, the start policy as second scorer; None in a replay."""
     if evaluator is None:
         return None
@@ -106,11 +151,6 @@ def measure(run: Run, evaluator: Evaluator | None, text: str) -> Any:
 
 def save(run: Run) -> None:
     """Checkpoint of the present state."""
-    identity = checkpoint.model_identity(
-        run.config.model,
-        vocab_size=run.vocab_size,
-        tokenizer_digest=run.state.digests["tokenizer"],
-    )
     with run.timer("checkpoint"):
         checkpoint.save(
             run.config.run.dir,
@@ -118,9 +158,12 @@ def save(run: Run) -> None:
             optimizer=run.learner.optimizer,
             scheduler=run.learner.scheduler,
             state=run.state,
-            identity=identity,
+            identity=run.identity,
             ranks=run.ranks,
         )
+        if run.ranks.is_main:
+            settings = run.config.checkpoint
+            prune(run.config.run.dir, keep_last=settings.keep_last, keep_every=settings.keep_every)
 
 
 def summary(run: Run, result: dict[str, Any], seconds: float) -> dict[str, Any]:

@@ -147,4 +147,5 @@ class TrainState:
     consumed_samples: int
     policy_version: int
     stats: dict[str, float]  # moving averages of the curriculum
-    digests: dict[str, str]  # data, tokenizer, model
+    digests: dict[str, str]  # data and tokenizer
+    reference_version: int = -1  # policy version that the reference was taken of, -1: none yet

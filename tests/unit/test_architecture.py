@@ -38,7 +38,7 @@ LAYERS = {
         "judge.text_model", "rewrite_text",
         "evaluation.statistics", "convert.names", "rollout.digest",
     ),
-    4: ("step", "assembly"),
+    4: ("step", "resume", "assembly"),
     5: ("train",),
 }  # fmt: skip
 EFFECTFUL = 3

@@ -16,7 +16,13 @@ import pytest
 
 from megatron_sip import mcore_patches
 
-CASES = ("all", "_patch_torch_cuda", "CudaRequestsToCpu", "_patch_random_states")
+CASES = (
+    "all",
+    "_patch_torch_cuda",
+    "CudaRequestsToCpu",
+    "_patch_random_states",
+    "_patch_optimizer_load",
+)
 CUDA_CALLS = ("current_device", "set_device", "synchronize", "current_stream", "get_rng_state")
 PROBE = """
 import contextlib, json, os, sys, tempfile, warnings
@@ -50,6 +56,12 @@ def step():
     batch = rows.make_rows([pool], [(Pick(-2, "target", 0.0, 1.0),)], length=3, pad=0)
     one = learner.Learner(policy, adam, schedule, ranks, on)
     one.learn([batch], NllObjective(name="nll"), reference=None, version=0, fresh_reference=False)
+    part = adam.chained_optimizers[0]
+    first = next(iter(part.model_param_group_index_map))
+    states = part._get_main_param_and_optimizer_states(first)
+    with torch.no_grad():
+        loaded = {name: value for name, value in states.items() if name != "step"}
+        part._set_main_param_and_optimizer_states(first, loaded)
 
 def outcome(omitted):
     if omitted == "CudaRequestsToCpu":
@@ -135,7 +147,7 @@ def test_install_applies_each_patch_once_however_often_it_is_called(
 ) -> None:
     mcore_patches.install()
     mcore_patches.install()
-    assert sorted(fake_patches) == ["_patch_random_states", "_patch_torch_cuda", "mode"]
+    assert sorted(fake_patches) == sorted([*(c for c in CASES if c[0] == "_"), "mode"])
 
 
 @pytest.mark.parametrize("version", ["0.15.3", "0.17.0", "1.0"])

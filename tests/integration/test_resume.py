@@ -1,0 +1,144 @@
+"""Stopped, killed and resumed: the same weights, bit for bit, and nothing asked for twice."""
+
+import json
+import signal
+import time
+
+import pytest
+from tiny_run import NTP, SIP
+
+STEPS, INTERVAL = 40, 4
+
+
+def wait_for(run, ready, *, within_s=240.0):
+    """Until `ready()`; the run must still be going."""
+    deadline = time.monotonic() + within_s
+    while not ready():
+        assert run.process.poll() is None, run.stderr()
+        assert time.monotonic() < deadline, "not reached in time"
+        time.sleep(0.02)
+
+
+def last_checkpoint(run):
+    """{file: digest} of the tensors in a run's last checkpoint, and its train state."""
+    root = run.run_dir / "checkpoints"
+    folder = root / (root / "latest").read_text()
+    digests = json.loads((folder / "manifest.json").read_text())["files"]
+    state = json.loads((folder / "train_state.json").read_text())
+    return {name: d for name, d in digests.items() if name.endswith(".distcp")}, state
+
+
+def learned(run):
+    """The last line of each step, without what depends on the clock or on who was asked."""
+    skip = ("time/", "memory/", "sync/", "judge/", "rollout/tokens", "rollout/length", "rewrite/",
+            "policy/lag", "pool/dropped")  # fmt: skip
+    lines = {line["step"]: line for line in run.metrics()}
+    return [{k: v for k, v in lines[s].items() if not k.startswith(skip)} for s in sorted(lines)]
+
+
+@pytest.fixture(scope="module")
+def straight(workplace, launch):
+    """Next-token pretraining in one go."""
+    recipe = workplace.recipe(NTP, "straight", run__steps=STEPS, checkpoint__interval=INTERVAL)
+    run = launch(recipe).wait()
+    assert run.process.returncode == 0, run.stderr()
+    return run
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_was_ended_and_resumed_equals_one_in_one_go(signum, workplace, launch, straight):
+    name = f"ended-{signum.name}"
+    recipe = workplace.recipe(NTP, name, run__steps=STEPS, checkpoint__interval=INTERVAL)
+    run = launch(recipe)
+    wait_for(run, lambda: len(run.metrics()) > INTERVAL)
+    ranks = [p for p in run.seen if p.is_running() and "--config" in p.cmdline()]
+    run.process.send_signal(signum)
+    run.process.wait(90)
+    assert run.process.returncode != 0 and ranks
+    run.assert_nothing_left(within_s=15)
+    saved = last_checkpoint(run)[1]["step"]
+    assert INTERVAL <= saved < STEPS
+    assert signum == signal.SIGTERM or saved % INTERVAL == 0
+    assert not (run.run_dir / "summary.json").exists()
+    resumed = launch(recipe, "--resume").wait()
+    assert resumed.process.returncode == 0, resumed.stderr()
+    assert last_checkpoint(resumed) == last_checkpoint(straight)
+    assert learned(resumed) == learned(straight)
+    found, expected = (json.loads((r.run_dir / "summary.json").read_text())["eval"]
+                       for r in (resumed, straight))  # fmt: skip
+    assert found == expected
+
+
+@pytest.fixture(scope="module")
+def killed(workplace, launch, pretrained):
+    """A SIP run that was killed with committed pools beyond its checkpoint, and resumed."""
+    init = {"kind": "megatron", "path": str(pretrained.run_dir)}
+    recipe = workplace.recipe(
+        SIP, "killed", model__init=init, run__steps=5, checkpoint__interval=2,
+        checkpoint__keep_last=1,
+    )  # fmt: skip
+    run = launch(recipe)
+    pools = run.run_dir / "pools"
+    wait_for(run, lambda: (pools / "step_00000002.done").exists())
+    run.process.kill()
+    run.process.wait(30)
+    run.assert_nothing_left(within_s=15)
+    asked = sorted(p.name for p in pools.glob("*.done"))
+    before = {p.name: p.read_bytes() for p in pools.glob("step_0000000[012].*")}
+    resumed = launch(recipe, "--resume").wait()
+    assert resumed.process.returncode == 0, resumed.stderr()
+    return resumed, asked, before
+
+
+def test_committed_pools_are_replayed_and_kept_as_they_are(killed):
+    run, asked, before = killed
+    assert asked[:3] == [f"step_{i:08d}.done" for i in range(3)]
+    for name, data in before.items():
+        assert (run.run_dir / "pools" / name).read_bytes() == data
+    assert len(list((run.run_dir / "pools").glob("*.done"))) == 5
+    log = (run.run_dir / "logs" / "trainer.log").read_text()
+    assert log.count("evaluating the start policy") == 1
+
+
+def test_a_resumed_run_equals_one_that_was_given_the_same_pools(
+    killed, workplace, launch, pretrained
+):
+    run, _, _ = killed
+    init = {"kind": "megatron", "path": str(pretrained.run_dir)}
+    recipe = workplace.recipe(SIP, "same-pools", model__init=init, run__steps=5)
+    given = launch(recipe, "--pools", str(run.run_dir / "pools")).wait()
+    assert given.process.returncode == 0, given.stderr()
+    assert last_checkpoint(run) == last_checkpoint(given)
+    for found, expected in zip(learned(run), learned(given), strict=True):
+        assert found == expected
+    names = {p.name for p in (run.run_dir / "checkpoints").iterdir()}
+    assert names == {"latest", "step_00000005", "weights_00000000"}  # keep_last = 1
+
+
+def refusal(run):
+    run.wait(120)
+    assert run.process.returncode not in (0, None)
+    return run.errors()[0] + run.stderr()
+
+
+def test_what_may_not_change_is_refused_by_name(workplace, launch, straight):
+    recipe = workplace.recipe(NTP, "straight", run__steps=STEPS, checkpoint__interval=INTERVAL)
+    (straight.run_dir / "summary.json").rename(straight.run_dir / "summary.was")
+    try:
+        run = launch(recipe, "--resume", "--set", "optimizer.lr=1e-3", torchrun=False)
+        assert "optimizer.lr was 0.002, is 0.001" in refusal(run)
+        damaged = straight.run_dir / "checkpoints" / f"step_{STEPS:08d}" / "train_state.json"
+        before = damaged.read_bytes()
+        damaged.write_bytes(before + b" ")
+        message = refusal(launch(recipe, "--resume"))
+        assert "train_state.json differs from its manifest" in message
+        damaged.write_bytes(before)
+    finally:
+        (straight.run_dir / "summary.was").rename(straight.run_dir / "summary.json")
+
+
+def test_a_finished_run_and_a_missing_one_are_not_resumed(workplace, launch, straight):
+    finished = workplace.recipe(NTP, "straight", run__steps=STEPS, checkpoint__interval=INTERVAL)
+    assert "is finished" in refusal(launch(finished, "--resume", torchrun=False))
+    missing = workplace.recipe(NTP, "never-begun")
+    assert "holds no run" in refusal(launch(missing, "--resume", torchrun=False))
