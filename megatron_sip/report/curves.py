@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from megatron_sip.metrics import metric
 from megatron_sip.report import svg
 from megatron_sip.report.read_run import RunData, number, section
 
@@ -130,63 +129,12 @@ def charts(runs: Sequence[RunData]) -> Iterator[Chart]:
     )  # fmt: skip
 
 
-def trade_charts(runs: Sequence[RunData]) -> Iterator[Chart]:
-    """What the reward costs: eval/* over steps where it was logged, else start and end."""
-    known = {
-        "win_rate": ("Win rate over the start", "fraction"),
-        "judge_score": ("Judge score", "score"),
-        "nll": ("Held-out NLL", "nats/token"),
-        "distinct2": ("Distinct-2", "fraction of bigrams"),
-    }
-    for name, (title, unit) in known.items():
-        yield Chart(title, unit, {"at the end": evaluated(name)})
-    others = {n for run in runs for n in run.metrics if n.startswith("eval/")}
-    for name in sorted(others - {f"eval/{n}" for n in known}):
-        if not name.startswith("eval/win_rate_"):
-            yield Chart(name, _unit(name), {name: logged(name)})
-
-
-def _unit(name: str) -> str:
-    try:
-        return metric(name).unit
-    except ValueError:  # of another release
-        return ""
-
-
-def evaluated(name: str) -> Callable[[RunData], Points]:
-    """eval/NAME over steps, with NAME_start and NAME_end of summary.json at the ends."""
-    key = "heldout_nll" if name == "nll" else name
-
-    def points(run: RunData) -> Points:
-        steps, values = logged(f"eval/{name}")(run)
-        seen = {int(s): v for s, v in zip(steps, values, strict=True) if math.isfinite(v)}
-        end = number(section(run.summary or {}, "steps"))
-        for at, suffix in ((0.0, "_start"), (end, "_end")):
-            value = number(run.evaluation.get(key + suffix))
-            if at is not None and value is not None:
-                seen[int(at)] = value
-        order = sorted(seen)
-        return np.array(order, np.int64), np.array([seen[s] for s in order], np.float64)
-
-    return points
-
-
 def draw(chart: Chart, runs: Sequence[RunData], *, smooth: bool = True) -> Drawn | None:
     """The picture of one chart, None where no run has a point of it.
 
     Args: smooth: draw a running mean beside the points (else dots).
     """
-    lines: list[svg.Line] = []
-    for r, run in enumerate(runs):
-        for q, (label, points) in enumerate(chart.quantities.items()):
-            x, y = points(run)
-            if np.isfinite(y).any():
-                colour = q if len(runs) == 1 else r
-                classes = f"c{colour % NUM_COLOURS} d{0 if len(runs) == 1 else q % 3}"
-                name = label
-                if len(runs) > 1:
-                    name = run.name if len(chart.quantities) == 1 else f"{run.name}, {label}"
-                lines.append(svg.Line(name, *thin(x, y), classes))
+    lines = curves_of(chart, runs)
     guides = {name: value for run in runs for name, value in chart.guides(run).items()}
     axes = svg.axes_for(lines, log=chart.log, include=guides.values(), fixed=chart.fixed)
     if axes is None:
@@ -203,8 +151,39 @@ def draw(chart: Chart, runs: Sequence[RunData], *, smooth: bool = True) -> Drawn
         if len(runs) == 1:
             svg.draw_line(canvas, axes, line, extra="raw")
         svg.draw_line(canvas, axes, running_mean(line))
-    legend = tuple((line.label, line.classes, last_value(line.y)) for line in lines)
-    return Drawn(chart.title, chart.unit, chart.note, svg.render(root), legend, readout(lines))
+    drawing = svg.render(root)
+    return Drawn(
+        chart.title, chart.unit, chart.note, drawing, legend(chart, runs, lines), readout(lines)
+    )  # fmt: skip
+
+
+def curves_of(chart: Chart, runs: Sequence[RunData]) -> list[svg.Line]:
+    """One line for each quantity of each run that has a finite point."""
+    lines = []
+    for r, run in enumerate(runs):
+        for q, (label, points) in enumerate(chart.quantities.items()):
+            x, y = points(run)
+            if not np.isfinite(y).any():
+                continue
+            classes = f"c{(q if len(runs) == 1 else r) % NUM_COLOURS} d{q % 3}"
+            name = f"{run.name}, {label}"
+            if len(runs) == 1:
+                name, classes = label, classes.replace(f"d{q % 3}", "d0")
+            elif len(chart.quantities) == 1:
+                name = run.name
+            lines.append(svg.Line(name, *thin(x, y), classes))
+    return lines
+
+
+def legend(
+    chart: Chart, runs: Sequence[RunData], lines: Sequence[svg.Line]
+) -> tuple[tuple[str, str, str], ...]:
+    """(label, classes, last value) of each line; of the dashes alone if there are many lines."""
+    if len(runs) > 1 and len(chart.quantities) > 1:
+        dashes = {line.classes.split()[1] for line in lines}
+        named = [(label, f"d{q % 3}") for q, label in enumerate(chart.quantities)]
+        return tuple((label, f"c7 {dash}", "") for label, dash in named if dash in dashes)
+    return tuple((line.label, line.classes, last_value(line.y)) for line in lines)
 
 
 def readout(lines: Sequence[svg.Line]) -> dict[str, Any]:

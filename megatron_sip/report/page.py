@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
-from megatron_sip.report import curves, results, times
+from megatron_sip.report import curves, results, times, trade
 from megatron_sip.report.read_run import RunData, check_is_run, read_run
 from megatron_sip.run_dir import atomic_write
 
@@ -54,14 +54,16 @@ def page(runs: Sequence[RunData]) -> str:
         lstrip_blocks=True,
     )
     charts = [curves.draw(chart, runs) for chart in curves.charts(runs)]
-    trade = [curves.draw(chart, runs, smooth=False) for chart in curves.trade_charts(runs)]
-    drawn = {"learning": [c for c in charts if c], "trade": [c for c in trade if c]}
+    costs = [curves.draw(chart, runs, smooth=False) for chart in trade.charts(runs)]
+    drawn = {"learning": [c for c in charts if c], "trade": [c for c in costs if c]}
     pools = [{"run": r, **pool} for r, run in enumerate(runs) for pool in run.ledger.pools]
+    environment.filters["breakable"] = breakable
     return environment.get_template("report.html").render(
         runs=runs,
         main=runs[0],
         results=results,
         drawn=drawn,
+        plane=trade.plane(runs),
         window=curves.window(min(len(runs[0].steps), curves.MAX_POINTS)),
         timing=[_timing(run) for run in runs],
         num_pools=len(pools),
@@ -74,6 +76,14 @@ def page(runs: Sequence[RunData]) -> str:
         style_hash=_hash(style),
         script_hash=_hash(script),
     )
+
+
+def breakable(name: Any) -> Markup:
+    """The escaped name, which may be broken after underscores, dots and slashes."""
+    text = escape(name)
+    for mark in "_./":
+        text = text.replace(mark, Markup(f"{mark}<wbr>"))
+    return text
 
 
 def as_json(value: Any) -> Markup:

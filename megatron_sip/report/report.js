@@ -118,7 +118,7 @@ function candidateCard(candidate, index, range, needle) {
       ...criteria.map(([name, score]) => make("span", "", `${name} ${shown(score)}`)),
       make("span", "", `#${index}, ${candidate.tokens} tokens, ${candidate.finish}${made}`)),
     candidate.reward === null ? null : bar,
-    make("div", "text", highlighted(candidate.text, needle)),
+    make("div", "text", highlighted(candidate.text.replace(/^ +/, ""), needle)),
     candidate.hidden ? make("p", "small", `${candidate.hidden} more characters are not on this page`) : null);
 }
 function replies(pool) {
@@ -141,7 +141,7 @@ function detail(pool, filter) {
   return make("div", "detail",
     make("div", "prefix text",
       pool.hidden ? make("span", "small", `(${pool.hidden} characters before) … `) : null,
-      highlighted(pool.prefix, filter.text)),
+      highlighted(pool.prefix.replace(/^ +/, ""), filter.text)),
     make("p", "small", facts.join(" · ")),
     ...order.map(({ candidate, index }) => candidateCard(candidate, index, range, filter.text)),
     replies(pool));
@@ -151,7 +151,7 @@ function poolItem(pool, filter) {
   const name = runs.length > 1 ? `${runs[pool.run]}, ` : "";
   const button = make("button", "",
     make("span", "where", `${name}step ${pool.step}, pool ${pool.position}`),
-    make("span", "snippet", "… " + pool.prefix.slice(-160).replace(/\s+/g, " ")),
+    make("span", "snippet", "… " + pool.prefix.slice(-100).replace(/^\S*\s/, "").replace(/\s+/g, " ")),
     make("span", "best", best.reward === null ? "no reward" : `best: ${best.source} ${shown(best.reward)}`));
   button.type = "button";
   button.setAttribute("aria-expanded", "false");

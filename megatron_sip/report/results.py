@@ -170,6 +170,22 @@ def _win_rates(
     return rows
 
 
+def side_by_side(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
+    """(name, one cell a run) of what the page says about each run; "-" where one has it not."""
+    columns = []
+    for run in runs:
+        ends, rate = interval(run), number(run.evaluation.get("win_rate"))
+        column = {} if rate is None else {"Win rate": percent(rate)}
+        if ends is not None:
+            column["95 % interval"] = f"{percent(ends[0])} to {percent(ends[1])}"
+        for tile in tiles(run):
+            moved = tile.detail.split(", ")[0] if tile.detail.startswith("from ") else ""
+            column[tile.label] = f"{tile.value} {moved}".strip()
+        columns.append(column)
+    names = list(dict.fromkeys(name for column in columns for name in column))
+    return [(name, [column.get(name, "-") for column in columns]) for name in names]
+
+
 def result_table(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
     """(name, one cell a run) of everything in summary.json, nested names dotted."""
     flat = [flatten(run.summary or {}) for run in runs]

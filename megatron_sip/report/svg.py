@@ -103,8 +103,10 @@ def tick_label(value: float, spacing: float) -> str:
     return minus(f"{value:,.{decimals}f}")
 
 
-def frame(axes: Axes, *, unit: str, title: str, x_name: str = "step") -> Element:
-    """An empty picture with grid, ticks and axis names."""
+def frame(
+    axes: Axes, *, unit: str, title: str, x_name: str = "step", whole: bool = True
+) -> Element:
+    """An empty picture with grid, ticks and axis names; `whole`: x ticks at whole numbers only."""
     root = Element("svg", {"class": "plot", "role": "img", "aria-label": title})
     group = SubElement(root, "g", {"class": "lattice"})
     for place, label in _y_ticks(axes):
@@ -114,10 +116,10 @@ def frame(axes: Axes, *, unit: str, title: str, x_name: str = "step") -> Element
     inside = ticks(*axes.x, 5)
     spacing = inside[1] - inside[0] if len(inside) > 1 else 1.0
     for place in inside:
-        if abs(place - round(place)) < 1e-9:  # steps are whole
+        if not whole or abs(place - round(place)) < 1e-9:
+            label = tick_label(place, max(spacing, 1.0) if whole else spacing)
             at = percent(axes.at(place, 1)[0])
-            text(group, tick_label(place, max(spacing, 1.0)), x=at, y="100%", dy="1.5em",
-                 text_anchor="middle")  # fmt: skip
+            text(group, label, x=at, y="100%", dy="1.5em", text_anchor="middle")
     text(group, unit, x="-46", y="0", dy="-0.9em", class_="axis")
     text(group, x_name, x="100%", y="100%", dy="2.9em", text_anchor="end", class_="axis")
     return root

@@ -20,7 +20,7 @@ from megatron_sip.report.read_run import RunData, section
 ORDER = ("sample", "rollout", "rewrite", "judge", "share", "reference", "train", "sync", "record",
          "evaluate", "checkpoint")  # fmt: skip
 MAX_BARS = 120  # more steps are drawn as means of equal groups
-SMALL = 0.01  # share of all time below which a phase is drawn as part of "other"
+SMALL, LARGE = 0.01, 0.1  # below SMALL of all time and LARGE of any bar: drawn as "other"
 VISIBLE = 1e-3  # share of a step that a role must work to have its line in the timeline
 SERVERS = {"rollout": ("rollout",), "rewrite": ("rewriter",), "judge": ("judge",),
            "sync": ("rollout",), "evaluate": ("rollout", "judge")}  # fmt: skip
@@ -76,23 +76,26 @@ def bars(run: RunData) -> tuple[Markup, int] | None:
     found = phases(run)
     if not found or not len(run.steps):
         return None
-    total = float(sum(v.sum() for v in found.values())) or 1.0
-    large = {n: v for n, v in found.items() if n != "other" and v.sum() >= SMALL * total}
-    large["other"] = sum((v for n, v in found.items() if n not in large), np.zeros(len(run.steps)))
     size = math.ceil(len(run.steps) / MAX_BARS)
     starts = range(0, len(run.steps), size)
-    grouped = {n: [float(v[i : i + size].mean()) for i in starts] for n, v in large.items()}
-    top = max(map(sum, zip(*grouped.values(), strict=True))) * 1.04 or 1.0
+    means = {n: np.array([v[i : i + size].mean() for i in starts]) for n, v in found.items()}
+    whole = sum(means.values(), np.zeros(len(starts)))
+    grouped = {
+        n: v for n, v in means.items()
+        if n != "other" and (v.sum() >= SMALL * whole.sum() or (v > LARGE * whole).any())
+    }  # fmt: skip
+    grouped["other"] = whole - sum(grouped.values(), np.zeros(len(starts)))
+    top = float(whole.max()) * 1.04 or 1.0
     axes = svg.Axes((0.5, len(starts) + 0.5), (0.0, top))
-    named = svg.Axes((float(run.steps[0]) - size / 2, float(run.steps[-1]) + size / 2), (0.0, top))
+    named = svg.Axes((float(run.steps[0]) - 0.5, float(run.steps[-1]) + 0.5), (0.0, top))
     root = svg.frame(named, unit="seconds", title="Seconds of each step, by phase")
     canvas = svg.stretched(root)
     for i in range(len(starts)):
         below = 0.0
         for name, values in grouped.items():
-            x, y = axes.at(i + 0.58, below + values[i])
+            x, y = axes.at(i + 0.58, below + float(values[i]))
             x1, y1 = axes.at(i + 1.42, below)
-            below += values[i]
+            below += float(values[i])
             if y1 - y > 0.01:
                 place = {"x": f"{10 * x:.1f}", "y": f"{10 * y:.1f}"}
                 extent = {"width": f"{10 * (x1 - x):.1f}", "height": f"{10 * (y1 - y):.1f}"}

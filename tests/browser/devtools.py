@@ -1,4 +1,4 @@
-"""A small client of Chromium's DevTools protocol: open a page, ask it things, click, take pictures."""
+"""A small client of Chromium's DevTools protocol: open a page, ask it, click, take pictures."""
 
 from __future__ import annotations
 
