@@ -16,7 +16,8 @@ import numpy as np
 
 from megatron_sip.pool_store import PoolRecord, read_pools
 
-MAX_STEPS = 200  # committed steps that are read at most, evenly spaced
+MAX_STEPS, MIN_STEPS = 200, 20  # of the committed steps are read at most, evenly spaced,
+MAX_READ = 10_000  # and fewer if that were more pools than this
 MAX_PREFIX = 1200  # characters of a prefix that are shown, its end
 MAX_TEXT = 2000  # characters of a candidate
 MAX_REPLIES = 40  # judge replies of a pool, each at most MAX_REPLY characters
@@ -36,7 +37,7 @@ class Ledger:
 
 
 def read_ledger(folder: Path, *, max_pools: int, problems: list[str]) -> Ledger:
-    """Read the committed steps, evenly thinned to MAX_STEPS.
+    """Read the committed steps, evenly thinned so that reading ends soon.
 
     Args: max_pools: most pools kept, spread evenly over steps; problems: gets a sentence for what
           is damaged.
@@ -44,8 +45,8 @@ def read_ledger(folder: Path, *, max_pools: int, problems: list[str]) -> Ledger:
     ledger = Ledger()
     steps = sorted(int(p.stem.removeprefix("step_")) for p in folder.glob("step_*[0-9].done"))
     ledger.committed = len(steps)
-    chosen = evenly(steps, MAX_STEPS)
-    damaged = []
+    damaged: list[str] = []
+    chosen = evenly(steps, _number_to_read(folder, steps))
     for i, step in enumerate(chosen):
         try:
             records = read_pools(folder, step, dp_rank=0, dp_size=1)
@@ -63,6 +64,17 @@ def read_ledger(folder: Path, *, max_pools: int, problems: list[str]) -> Ledger:
             f"first: {damaged[0]}."
         )
     return ledger
+
+
+def _number_to_read(folder: Path, steps: Sequence[int]) -> int:
+    """How many steps to read, by the number of pools in the first one that can be read."""
+    for step in steps[:MIN_STEPS]:
+        try:
+            size = len(read_pools(folder, step, dp_rank=0, dp_size=1))
+        except (ValueError, TypeError, KeyError, OSError):
+            continue  # counted when it is read for the page
+        return max(MIN_STEPS, min(MAX_STEPS, MAX_READ // max(1, size)))
+    return MAX_STEPS
 
 
 def evenly(items: Sequence[int], limit: int) -> list[int]:

@@ -35,7 +35,7 @@ def write_report(run_dir: Path, output: Path, compare: Sequence[Path] = ()) -> N
     if output.is_dir() or not output.parent.is_dir():
         what = "is a folder" if output.is_dir() else f"lies in {output.parent}, which is no folder"
         raise ValueError(f"output {output} {what}; give the path of a file in an existing folder")
-    share = MAX_POOLS // len(folders)
+    share = max(1, MAX_POOLS // len(folders))
     runs = [
         read_run(folder, name=name, max_pools=share)
         for folder, name in zip(folders, _names(folders), strict=True)
@@ -79,9 +79,9 @@ def page(runs: Sequence[RunData]) -> str:
 
 
 def breakable(name: Any) -> Markup:
-    """The escaped name, which may be broken after underscores, dots and slashes."""
+    """The escaped name, which may be broken after underscores and slashes."""
     text = escape(name)
-    for mark in "_./":
+    for mark in "_/":
         text = text.replace(mark, Markup(f"{mark}<wbr>"))
     return text
 

@@ -93,7 +93,13 @@ def tiles(run: RunData) -> list[Tile]:
     found = [
         _moved(run, "Held-out NLL", "heldout_nll", "nats a token; lower is better"),
         _moved(run, "Distinct-2", "distinct2", "share of different bigrams; higher is more varied"),
-        _moved(run, "Judge score", "judge_score", "mean reward on held-out prefixes", change=False),
+        _moved(
+            run,
+            "Judge score",
+            "judge_score",
+            "mean score by the judge on held-out prefixes",
+            change=False,
+        ),
     ]
     second = number(run.evaluation.get("second_win_rate"))
     if second is not None:
@@ -134,7 +140,7 @@ def forest(runs: Sequence[RunData]) -> Markup | None:
     rows = _win_rates(runs)
     if not rows:
         return None
-    root = Element("svg", {"class": f"forest rows-{min(len(rows), 12)}", "role": "img",
+    root = Element("svg", {"class": "forest", "height": str(46 * len(rows)), "role": "img",
                            "aria-label": "Win rates with 95 % intervals"})  # fmt: skip
     for tick in (0, 25, 50, 75, 100):
         at = f"{tick}%"

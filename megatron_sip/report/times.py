@@ -126,7 +126,7 @@ def timeline(run: RunData, index: int) -> tuple[Markup, list[tuple[str, float]]]
     end = end or 1.0
     roles = _roles(run, [name for name, start, stop in spans if stop - start > VISIBLE * end])
     axes = svg.Axes((0.0, end), (0.0, float(len(roles))))
-    root = svg.Element("svg", {"class": f"timeline roles-{len(roles)}", "role": "img",
+    root = svg.Element("svg", {"class": "timeline", "height": str(44 * len(roles)), "role": "img",
                                "aria-label": "One step over all roles"})  # fmt: skip
     _time_grid(root, axes)
     busy = []

@@ -24,7 +24,11 @@ def charts(runs: Sequence[RunData]) -> Iterator[Chart]:
         "distinct2": ("Distinct-2", "fraction of bigrams"),
     }
     for name, (title, unit) in known.items():
-        yield Chart(title, unit, {"at the end": _evaluated(name)})
+        quantities = {"at the end": _evaluated(name)}
+        if name == "win_rate":
+            ends = {"95 % low": "eval/win_rate_low", "95 % high": "eval/win_rate_high"}
+            quantities |= {label: logged(metric_name) for label, metric_name in ends.items()}
+        yield Chart(title, unit, quantities)
     others = {n for run in runs for n in run.metrics if n.startswith("eval/")}
     for name in sorted(others - {f"eval/{n}" for n in known}):
         if not name.startswith("eval/win_rate_"):
