@@ -92,6 +92,7 @@ def charts(runs: Sequence[RunData]) -> Iterator[Chart]:
         "Next-token loss while training", "nats/token",
         {"targets": logged("objective/nll"), "suffix": logged("objective/suffix_nll"),
          "prefix": logged("objective/prefix_nll")},
+        "Negative log-likelihood of the training text itself.",
     )  # fmt: skip
     yield Chart(
         "Reward by source", "reward", {s: rewarded(s, "total") for s in SOURCES},

@@ -43,7 +43,8 @@ def read_ledger(folder: Path, *, max_pools: int, problems: list[str]) -> Ledger:
           is damaged.
     """
     ledger = Ledger()
-    steps = sorted(int(p.stem.removeprefix("step_")) for p in folder.glob("step_*[0-9].done"))
+    names = [path.stem.removeprefix("step_") for path in folder.glob("step_*.done")]
+    steps = sorted(int(name) for name in names if name.isdecimal())
     ledger.committed = len(steps)
     damaged: list[str] = []
     chosen = evenly(steps, _number_to_read(folder, steps))
@@ -51,7 +52,7 @@ def read_ledger(folder: Path, *, max_pools: int, problems: list[str]) -> Ledger:
         try:
             records = read_pools(folder, step, dp_rank=0, dp_size=1)
         except (ValueError, TypeError, KeyError, OSError) as error:
-            damaged.append(str(error))
+            damaged.append(str(error).replace(f"{folder}/", ""))
             continue
         ledger.steps.append(step + 1)
         ledger.pools_read += len(records)

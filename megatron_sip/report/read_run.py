@@ -130,8 +130,10 @@ def _read_metrics(path: Path, problems: list[str]) -> tuple[np.ndarray, dict[str
         except (ValueError, TypeError, KeyError):
             bad += 1
             continue
-        if isinstance(step, int):
+        if isinstance(step, int) and 0 <= step < 2**53:
             lines[step] = content
+        else:
+            bad += 1
     if bad:
         problems.append(f"{path.name}: {bad} damaged line{'s' * (bad > 1)} left out.")
     steps = sorted(lines)

@@ -131,7 +131,7 @@ def _y_ticks(axes: Axes) -> list[tuple[float, str]]:
         powers = range(math.ceil(low), math.floor(high) + 1)
         every = max(1, math.ceil(len(powers) / 5))
         return [(10.0**p, minus(f"1e{p}")) for p in powers][::every]
-    inside = ticks(low, high, 4)
+    inside = ticks(low, high, 5)
     spacing = inside[1] - inside[0] if len(inside) > 1 else high - low
     return [(value, tick_label(value, spacing)) for value in inside]
 

@@ -15,22 +15,29 @@ from megatron_sip.report.curves import NUM_COLOURS, Chart, Points, logged
 from megatron_sip.report.read_run import RunData, number, section
 
 
+KNOWN = {
+    "win_rate": ("Win rate over the start", "fraction", "Held-out prefixes won under the judge."),
+    "judge_score": ("Judge score", "score", "Mean over continuations of held-out prefixes."),
+    "nll": ("Held-out NLL", "nats/token", "True suffixes of held-out prefixes; lower is better."),
+    "distinct2": (
+        "Distinct-2",
+        "fraction",
+        "Different bigrams among all bigrams of continuations.",
+    ),
+}
+"""eval/NAME -> title, unit, note."""
+
+
 def charts(runs: Sequence[RunData]) -> Iterator[Chart]:
     """What the reward costs: eval/* over steps where it was logged, else start and end."""
-    known = {
-        "win_rate": ("Win rate over the start", "fraction"),
-        "judge_score": ("Judge score", "score"),
-        "nll": ("Held-out NLL", "nats/token"),
-        "distinct2": ("Distinct-2", "fraction of bigrams"),
-    }
-    for name, (title, unit) in known.items():
+    for name, (title, unit, note) in KNOWN.items():
         quantities = {"at the end": _evaluated(name)}
         if name == "win_rate":
             ends = {"95 % low": "eval/win_rate_low", "95 % high": "eval/win_rate_high"}
             quantities |= {label: logged(metric_name) for label, metric_name in ends.items()}
-        yield Chart(title, unit, quantities)
+        yield Chart(title, unit, quantities, note)
     others = {n for run in runs for n in run.metrics if n.startswith("eval/")}
-    for name in sorted(others - {f"eval/{n}" for n in known}):
+    for name in sorted(others - {f"eval/{n}" for n in KNOWN}):
         if not name.startswith("eval/win_rate_"):
             yield Chart(name, _unit(name), {name: logged(name)})
 
@@ -55,7 +62,7 @@ def _evaluated(name: str) -> Callable[[RunData], Points]:
             if at is not None and value is not None:
                 seen[int(at)] = value
         order = sorted(seen)
-        return np.array(order, np.int64), np.array([seen[s] for s in order], np.float64)
+        return np.array(order, np.float64), np.array([seen[s] for s in order], np.float64)
 
     return points
 

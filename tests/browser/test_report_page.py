@@ -144,8 +144,10 @@ def test_nothing_overflows_and_colours_follow(
 ) -> None:
     runs = [report.parent / "run", write_ntp_run(tmp_path / "a_next_token_run_of_a_long_name")]
     write_report(runs[0], tmp_path / "report.html", runs[1:])
+    unfinished = tmp_path / "unfinished.html"
+    write_report(write_run(tmp_path / "run", steps=20, finished=False), unfinished)
     page.look(width=width, height=844, dark=dark)
-    for file in (report, tmp_path / "report.html"):
+    for file in (report, tmp_path / "report.html", unfinished):
         page.open(file)
         page.click("#pool-list button")
         assert page.evaluate("document.documentElement.scrollWidth") <= width

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from report_helpers import EVALUATION, HOSTILE, ROOT, reward_of, write_ntp_run, write_run
 
-from megatron_sip.report import curves, page, times, write_report
+from megatron_sip.report import curves, ledger, page, times, write_report
 from megatron_sip.report.ledger import MAX_PREFIX, evenly
 from megatron_sip.report.read_run import read_run
 
@@ -166,6 +166,16 @@ def test_steps_and_points_of_long_runs_are_thinned_evenly() -> None:
     assert y[0] == np.mean(range(1, 11)) and x[-1] == 4000
 
 
+def test_fewer_steps_are_read_where_steps_are_large(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ledger, "MIN_STEPS", 2)
+    monkeypatch.setattr(ledger, "MAX_READ", 13)
+    report = seen(tmp_path, write_run(tmp_path / "run", steps=7, pools=4))
+    assert "Rewards by source of run come from 3 of 7 recorded steps" in report.text
+    assert report.readout("suffix")["x"] == [1, 4, 7]
+
+
 def test_running_mean_keeps_gaps_and_constant_curves() -> None:
     y = np.full(100, 3.0)
     y[10] = np.nan
@@ -207,6 +217,7 @@ def test_damaged_parts_are_named_and_the_rest_is_shown(tmp_path: Path) -> None:
     shard = run / "pools" / "step_00000002.dp0.parquet"
     shard.write_bytes(shard.read_bytes()[:-9])
     (run / "pools" / "step_00000003.done").write_text("{}")
+    (run / "pools" / "step_x1.done").touch()
     with (run / "metrics.jsonl").open("a") as file:
         file.write('[]\n{"step": 5, "lo')
     report = seen(tmp_path, run)
