@@ -134,7 +134,7 @@ function detail(pool, filter) {
   const order = pool.candidates.map((candidate, index) => ({ candidate, index }))
     .filter(({ candidate }) => filter.source === "" || candidate.source === filter.source)
     .sort((a, b) => rewardOf(b.candidate) - rewardOf(a.candidate) || a.index - b.index);
-  const facts = [`${pool.file}, position ${pool.position}`, `sample ${pool.sample}`,
+  const facts = [`pools/${pool.file}, position ${pool.position}`, `sample ${pool.sample}`,
     `document ${pool.document}, cut at token ${pool.cut}`,
     `chance of a rollout ${shown(pool.chance)}`, `${pool.missing} verdicts missing`];
   if (pool.skipped) facts.push("skipped: no contrast");

@@ -152,12 +152,13 @@ def forest(runs: Sequence[RunData]) -> Markup | None:
     for row, (label, rate, ends, classes) in enumerate(rows):
         top = 46 * row
         svg.text(root, label, x="0", y=str(top + 13), class_="role")
-        middle = {"y1": str(top + 29), "y2": str(top + 29)}
         if ends is not None:
-            span = {"x1": svg.percent(100 * ends[0]), "x2": svg.percent(100 * ends[1])}
-            SubElement(root, "line", {**middle, **span, "class": f"whisker {classes}"})
-        place = {"cx": svg.percent(100 * rate), "cy": str(top + 29), "r": "7"}
-        SubElement(root, "circle", {**place, "class": f"dot {classes}"})
+            x1, x2 = (svg.percent(100 * end) for end in ends)
+            place = {"x1": x1, "x2": x2, "y1": str(top + 30), "y2": str(top + 30)}
+            SubElement(root, "line", {**place, "class": f"whisker {classes}"})
+        at = svg.percent(100 * rate)
+        place = {"x1": at, "x2": at, "y1": str(top + 20), "y2": str(top + 40)}
+        SubElement(root, "line", {**place, "class": f"estimate {classes}"})
     return svg.render(root)
 
 

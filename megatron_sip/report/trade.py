@@ -14,7 +14,6 @@ from megatron_sip.report import results, svg
 from megatron_sip.report.curves import NUM_COLOURS, Chart, Points, logged
 from megatron_sip.report.read_run import RunData, number, section
 
-
 KNOWN = {
     "win_rate": ("Win rate over the start", "fraction", "Held-out prefixes won under the judge."),
     "judge_score": ("Judge score", "score", "Mean over continuations of held-out prefixes."),
@@ -93,7 +92,7 @@ def plane(runs: Sequence[RunData]) -> Markup | None:
         ys = [svg.percent(axes.at(change, 100 * v)[1]) for v in ends]
         at = {"x1": svg.percent(px), "x2": svg.percent(px), "y1": ys[0], "y2": ys[1]}
         SubElement(root, "line", {**at, "class": f"whisker {colour}"})
-        place = {"cx": svg.percent(px), "cy": svg.percent(py), "r": "7"}
+        place = {"cx": svg.percent(px), "cy": svg.percent(py), "r": "6"}
         SubElement(root, "circle", {**place, "class": f"dot {colour}"})
         svg.text(root, name, x=svg.percent(px), y=svg.percent(py), dx="11", dy="0.35em",
                  class_="role halo")  # fmt: skip
