@@ -87,15 +87,10 @@ class Page:
         file.write_bytes(base64.b64decode(result["data"]))
 
 
-def chromium() -> str | None:
-    """Path of the browser."""
-    return shutil.which("chromium") or shutil.which("chromium-browser")
-
-
 @contextmanager
 def browser(profile: Path) -> Iterator[Page]:
     """A new headless Chromium with an empty profile folder; ended with the block."""
-    program = chromium()
+    program = shutil.which("chromium")
     assert program, "chromium is not installed; run make test-browser"
     process = subprocess.Popen(
         [program, *FLAGS, f"--user-data-dir={profile}", "about:blank"],

@@ -110,6 +110,8 @@ def test_filters_join(fresh: Page) -> None:
     assert fresh.evaluate(COUNT) == "16 of 32 pools match"
     fresh.write("#f-reward-low", "10.15")  # suffixes of step 2: 10.10 to 10.17, of step 3: above
     assert fresh.evaluate(COUNT) == "11 of 32 pools match"
+    fresh.write("#f-reward-high", "10.205")
+    assert fresh.evaluate(COUNT) == "4 of 32 pools match"
     choose(fresh, "#f-source", "rollout")
     assert fresh.evaluate(COUNT) == "0 of 32 pools match"
     fresh.click("#f-clear")
