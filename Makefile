@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 pretrain_sip.py --config
 JUDGE := data/quickstart/smollm2-135m-instruct
 
-.PHONY: help setup quickstart test test-full lint format clean
+.PHONY: help setup quickstart test test-full test-browser lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -34,10 +34,14 @@ quickstart: .venv/.stamp  ## pretrain a small GPT on two CPU cores, then improve
 	$(TORCHRUN) configs/quickstart.toml
 
 test: .venv/.stamp  ## unit, distributed and integration tests without the slow kills
-	$(PYTEST) -m "not gpu and not kills" tests/unit tests/distributed tests/integration
+	$(PYTEST) -m "not gpu and not kills and not browser" tests/unit tests/distributed tests/integration
 
 test-full: .venv/.stamp  ## all tests that need no GPU
-	$(PYTEST) -m "not gpu" tests/unit tests/distributed tests/integration
+	$(PYTEST) -m "not gpu and not browser" tests/unit tests/distributed tests/integration
+
+test-browser: .venv/.stamp  ## the report page in headless Chromium, installed if it is missing
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; }
+	$(PYTEST) -m browser tests/browser
 
 lint: .venv/.stamp  ## ruff, its formatter, and types
 	$(BIN)/ruff check

