@@ -228,10 +228,9 @@ class PointwiseCriterion(Section):
 
 
 class RarityCriterion(Section):
-    """Minus the mean log-frequency of the candidate's tokens in data.train, nats a token.
+    """Minus the mean log-frequency in data.train of the candidate's word pairs, nats a pair.
 
-    Asks no server. Beside a likelihood it takes out what word frequency alone explains; both
-    with weight 1 are pointwise mutual information.
+    Asks no server. Beside a likelihood it takes out what the frequency of phrases explains.
     """
 
     form: Literal["rarity"]

@@ -22,6 +22,7 @@ from megatron_sip.metrics import MetricLogger
 from megatron_sip.model import frozen_copy
 from megatron_sip.parallel import Ranks
 from megatron_sip.platform import PLATFORMS
+from megatron_sip.report import write_report
 from megatron_sip.resume import check_recipe, restore
 from megatron_sip.run_dir import create_run_dir, write_summary
 from megatron_sip.step import Run, run_step
@@ -136,8 +137,19 @@ def finish(
     if run.ranks.is_main:
         result = compare(first, last, config.evaluation) if first and last else {}
         write_summary(config.run.dir, summary(run, result, time.time() - started))
+        report(run)
         run.console.note(f"done: {config.run.dir}/summary.json")
     dist.barrier()
+
+
+def report(run: Run) -> None:
+    """report.html; the run is finished without it, so a failure is told and no more."""
+    run_dir = run.config.run.dir
+    try:
+        write_report(run_dir, run_dir / "report.html")
+    except (OSError, ValueError) as error:
+        log.exception("no report")
+        run.console.note(f"no report: {error}; try tools/report.py {run_dir}")
 
 
 def measure(run: Run, evaluator: Evaluator | None, text: str) -> PolicyOutput | None:
