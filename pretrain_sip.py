@@ -27,9 +27,23 @@ def main() -> int:
         "--pools", type=Path, default=None, metavar="DIR",
         help="learn from the recorded pools of another run (its pools/ folder) instead of servers",
     )  # fmt: skip
+    parser.add_argument(
+        "--explain", action="store_true",
+        help="print what the run will do and cost, and start nothing; needs no torchrun",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="with --explain: print it as JSON")
     arguments = parser.parse_args()
+    if arguments.json and not arguments.explain:
+        parser.error("--json prints what --explain finds; add --explain")
+    if arguments.explain and arguments.pools:
+        parser.error("--explain describes a run with servers, not a replay; leave out --pools")
     try:
         config = load_config(arguments.config, tuple(arguments.overrides))
+        if arguments.explain:
+            from megatron_sip.explain.text import print_explanation
+
+            print_explanation(config, as_json=arguments.json)
+            return 0
         from megatron_sip.train import train  # torch and Megatron-Core, once the recipe is right
 
         train(config, pools_dir=arguments.pools)
