@@ -93,7 +93,9 @@ def build_policy(
     if init.kind == "random" or resume:
         initialize_randomly(module, config.model, seed=config.run.seed)
     else:
-        checkpoint.load_weights(init.path, module=module, identity=identity, ranks=ranks)
+        checkpoint.load_weights(
+            init.path, module=module, identity=identity, ranks=ranks, key="model.init.path"
+        )
     return wrap_data_parallel(model_config, module, config.optimizer, platform)
 
 

@@ -99,15 +99,18 @@ def _write(
         files.write_manifest(folder, identity)
 
 
-def load_weights(path: Path, *, module: Any, identity: dict[str, Any], ranks: Ranks) -> None:
+def load_weights(
+    path: Path, *, module: Any, identity: dict[str, Any], ranks: Ranks, key: str = "checkpoint"
+) -> None:
     """Load model weights alone into `module`, resharded to this layout.
 
     Args:   path: a checkpoint folder, or a run directory, whose latest is taken.
+            key: of the recipe that names the path, for messages.
     Raises: ValueError if there is no checkpoint, or it is damaged or of another model.
     """
     from megatron.core import dist_checkpointing
 
-    folder = find_verified(path, identity=identity, ranks=ranks)
+    folder = find_verified(path, identity=identity, ranks=ranks, key=key)
     state: Any = dist_checkpointing.load(
         {"model": module.sharded_state_dict()}, str(folder), strict="raise_unexpected"
     )
@@ -139,7 +142,9 @@ def load(folder: Path, *, policy: Policy, optimizer: Any, scheduler: Any) -> Non
     scheduler.load_state_dict(state["scheduler"])
 
 
-def find_verified(path: Path, *, identity: dict[str, Any], ranks: Ranks) -> Path:
+def find_verified(
+    path: Path, *, identity: dict[str, Any], ranks: Ranks, key: str = "checkpoint"
+) -> Path:
     """The checkpoint folder at `path`, or the latest of a run directory; verified by rank 0.
 
     Raises: ValueError, on every rank, if there is none, or it is damaged or of another model.
@@ -147,7 +152,7 @@ def find_verified(path: Path, *, identity: dict[str, Any], ranks: Ranks) -> Path
     folder, problem = None, None
     if ranks.is_main:
         try:
-            folder = files.find(path)
+            folder = files.find(path, key=key)
             files.verify(folder, identity)
         except (OSError, ValueError, KeyError) as error:
             problem = str(error)

@@ -50,8 +50,10 @@ def write_manifest(folder: Path, identity: dict[str, Any]) -> None:
     atomic_write(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
 
 
-def find(path: Path) -> Path:
+def find(path: Path, *, key: str = "checkpoint") -> Path:
     """Checkpoint folder for `path`: itself, or the latest of a run directory.
+
+    Args:   key: of the recipe that names the path, for the message.
 
     Raises: ValueError if there is none.
     """
@@ -61,7 +63,7 @@ def find(path: Path) -> Path:
     if latest.is_file():
         return path / "checkpoints" / latest.read_text().strip()
     raise ValueError(
-        f"{path}: neither a checkpoint of ours (manifest.json) nor a run directory with "
+        f"{key} {path}: neither a checkpoint of ours (manifest.json) nor a run directory with "
         "checkpoints/latest; run the recipe that makes it first"
     )
 
