@@ -149,32 +149,28 @@ def connect_servers(
     datasets: dict[str, IndexedDataset],
     pools_dir: Path | None,
     stack: ExitStack,
-) -> Evaluator | None:
-    """Give the run its source of experience, and make the evaluator (none for a replay)."""
+) -> dict[str, Evaluator]:
+    """Give the run its source of experience, and make its evaluators (none for a replay).
+
+    Returns: by split: "test", and "validation" if the run is to be evaluated while it goes on.
+    """
     config, ranks = run.config, run.ranks
     if pools_dir is not None:
         if ranks.is_io:
             run.experience = RecordedExperience(pools_dir, ranks.dp_rank, ranks.dp_size)
         run.record_pools = False
-        return None
-    test = sampler_of(config, datasets["test"], tokenizer, config.evaluation.seed)
-    evaluator = Evaluator(
-        settings=config.evaluation,
-        samples=[test[i] for i in range(config.evaluation.num_prefixes)],
-        tokenizer=tokenizer,
-        ranks=ranks,
-        row_length=run.row_length,
-        device=run.platform.device,
-    )
+        return {}
+    evaluators = build_evaluators(run, tokenizer, datasets)
     if config.run.task == "ntp":
-        return evaluator
+        return evaluators
     assert config.rollout is not None
     fleet, endpoints = start_servers(run, tokenizer, stack)
     if ranks.is_io:
         found = services.connect(
             config, endpoints, tokenizer=tokenizer, train=datasets["train"], stack=stack
         )
-        evaluator.engine, evaluator.judge = found.engine, found.evaluation_judge
+        for evaluator in evaluators.values():
+            evaluator.engine, evaluator.judge = found.engine, found.evaluation_judge
         assert isinstance(run.experience, PlainExperience)
         run.experience = LiveExperience(
             sampler=run.experience.sampler,
@@ -192,9 +188,31 @@ def connect_servers(
                 Path(config.run.dir) / "pools", ranks.dp_rank, ranks.dp_size
             )
             run.experience = ResumedExperience(recorded, run.experience, run.replay_until)
-    run.exchange = build_exchange(run, tokenizer, evaluator, endpoints, stack, fleet)
+    run.exchange = build_exchange(run, tokenizer, evaluators["test"], endpoints, stack, fleet)
     run.exchange.sync(run.state.policy_version, run.timer)
-    return evaluator
+    return evaluators
+
+
+def build_evaluators(
+    run: Run, tokenizer: Tokenizer, datasets: dict[str, IndexedDataset]
+) -> dict[str, Evaluator]:
+    """One for each split that is evaluated, without servers yet."""
+    settings = run.config.evaluation
+    sizes = {"test": settings.num_prefixes}
+    if settings.interval is not None:
+        sizes["validation"] = settings.interval_prefixes
+    evaluators = {}
+    for split, size in sizes.items():
+        sampler = sampler_of(run.config, datasets[split], tokenizer, settings.seed)
+        evaluators[split] = Evaluator(
+            settings=settings,
+            samples=[sampler[i] for i in range(size)],
+            tokenizer=tokenizer,
+            ranks=run.ranks,
+            row_length=run.row_length,
+            device=run.platform.device,
+        )
+    return evaluators
 
 
 def start_servers(

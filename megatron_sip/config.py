@@ -348,6 +348,10 @@ class Evaluation(Section):
     """Resamples for the 95 % interval."""
     seed: NonNegativeInt = 20_000
     """Root of the test prefixes and of both policies' samples; no other seed moves them."""
+    interval: PositiveInt | None = None
+    """Steps between evaluations on data.validation while the run goes on; None: no such."""
+    interval_prefixes: PositiveInt = 64
+    """Validation prefixes of each of them, always the same."""
 
 
 class Config(Section):

@@ -92,6 +92,10 @@ def _sip_rules(c: Config) -> list[tuple[bool, str]]:
          "section"),
         (len({*names, "chosen", "rejected"}) == len(names) + 2,
          f'judge.criteria names must differ, and not be "chosen" or "rejected"; got {names}'),
+        (c.evaluation.interval is None
+         or c.evaluation.interval % c.rollout.sync_interval == 0,
+         f"evaluation.interval {c.evaluation.interval} must be a multiple of "
+         f"rollout.sync_interval {c.rollout.sync_interval}: the server samples what is evaluated"),
         (c.rollout.weight_transfer != "nccl" or c.platform.kind == "cuda",
          'rollout.weight_transfer = "nccl" needs platform.kind = "cuda"; use "shared_memory"'),
         (c.rollout.weight_transfer != "shared_memory" or c.platform.kind == "cpu",

@@ -71,10 +71,13 @@ METRICS: dict[str, Metric] = {
     "memory/host_gib": Metric("GiB", "resident memory of rank 0"),
     "memory/host_peak_gib": Metric("GiB", "its peak since the start"),
     "memory/device_peak_gib": Metric("GiB", "peak of the accelerator's memory on rank 0"),
-    "eval/nll": Metric("nats/token", "held-out negative log-likelihood of suffixes"),
-    "eval/win_rate": Metric("fraction", "policy over baseline on test prefixes, ties half"),
+    "eval/nll": Metric("nats/token", "negative log-likelihood of validation suffixes"),
+    "eval/win_rate": Metric("fraction", "policy over its start on validation prefixes, ties half"),
     "eval/win_rate_low": Metric("fraction", "lower end of its 95 % interval"),
     "eval/win_rate_high": Metric("fraction", "upper end of its 95 % interval"),
+    "eval/second_win_rate": Metric("fraction", "the same under the start policy's likelihood"),
+    "eval/judge_score": Metric("nats/token", "mean judge log-prob of the continuations"),
+    "eval/distinct2": Metric("fraction", "different bigrams among all of the continuations"),
 }  # fmt: skip
 PATTERNS: dict[str, Metric] = {
     r"reward/[^/\s]+": Metric("reward", "mean over valid candidates of the criterion so named"),

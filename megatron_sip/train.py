@@ -15,8 +15,8 @@ from megatron_sip.assembly import build_run, connect_servers, open_data
 from megatron_sip.checkpoint_files import prune
 from megatron_sip.config import Config
 from megatron_sip.console import Console, SilentConsole, setup_logging
-from megatron_sip.evaluation.evaluate import Evaluator, PolicyOutput, compare
-from megatron_sip.evaluation.saved import load_output, save_output
+from megatron_sip.evaluation.evaluate import Evaluator, PolicyOutput, as_metrics, compare
+from megatron_sip.evaluation.saved import load_output, save_output, start_file
 from megatron_sip.lifetime import Stopped, StopRequest, die_with_parent
 from megatron_sip.metrics import MetricLogger
 from megatron_sip.model import frozen_copy
@@ -58,10 +58,10 @@ def train(config: Config, *, pools_dir: Path | None = None, resume: bool = False
         run = build_run(config, platform, ranks, tokenizer, datasets, console, resume=resume)
         if resume:
             restore(run)
-        evaluator = connect_servers(run, tokenizer, datasets, pools_dir, stack)
-        first = begin(run, evaluator, resume)
-        train_steps(run, stack)
-        finish(run, evaluator, first, started)
+        evaluators = connect_servers(run, tokenizer, datasets, pools_dir, stack)
+        starts = begin(run, evaluators, resume)
+        train_steps(run, evaluators, starts, stack)
+        finish(run, evaluators, starts, started)
 
 
 def prepare_run_dir(config: Config, ranks: Ranks) -> None:
@@ -77,17 +77,20 @@ def prepare_run_dir(config: Config, ranks: Ranks) -> None:
         raise ValueError(problem)
 
 
-def begin(run: Run, evaluator: Evaluator | None, resume: bool) -> PolicyOutput | None:
-    """The start policy, kept and evaluated; a resumed run reads both back."""
+def begin(run: Run, evaluators: dict[str, Evaluator], resume: bool) -> dict[str, PolicyOutput]:
+    """The start policy, kept and evaluated on each split; a resumed run reads both back.
+
+    Returns: by split on rank 0, nothing elsewhere.
+    """
     config, run_dir = run.config, run.config.run.dir
+    files = {split: start_file(run_dir, split) for split in evaluators}
     if resume:
+        again = max(0, run.replay_until - run.state.step)
         run.console.note(
-            f"resumed after step {run.state.step}, with {run.replay_until - run.state.step} steps "
-            "to learn again from recorded pools"
-            if run.replay_until > run.state.step
-            else f"resumed after step {run.state.step}"
+            f"resumed after step {run.state.step}"
+            + (f"; {again} steps are learned again from recorded pools" if again else "")
         )
-        return load_output(run_dir) if run.ranks.is_main and evaluator is not None else None
+        return {s: load_output(f) for s, f in files.items()} if run.ranks.is_main else {}
     if run.exchange is not None:
         run.start_policy = frozen_copy(
             run.learner.policy, config, run.platform, vocab_size=run.vocab_size
@@ -95,14 +98,22 @@ def begin(run: Run, evaluator: Evaluator | None, resume: bool) -> PolicyOutput |
         checkpoint.save_weights(
             run_dir, 0, policy=run.learner.policy, identity=run.identity, ranks=run.ranks
         )
-    first = measure(run, evaluator, "evaluating the start policy")
-    if first is not None:
-        save_output(run_dir, first)
-    return first
+    starts = {}
+    for split, evaluator in evaluators.items():
+        output = measure(run, evaluator, f"evaluating the start policy on {split}")
+        if output is not None:
+            save_output(files[split], output)
+            starts[split] = output
+    return starts
 
 
-def train_steps(run: Run, stack: ExitStack) -> None:
-    """The loop: steps, checkpoints, metrics, and the wish to stop.
+def train_steps(
+    run: Run,
+    evaluators: dict[str, Evaluator],
+    starts: dict[str, PolicyOutput],
+    stack: ExitStack,
+) -> None:
+    """The loop: steps, checkpoints, evaluations, metrics, and the wish to stop.
 
     Raises: Stopped, on every rank, after a checkpoint.
     """
@@ -113,6 +124,7 @@ def train_steps(run: Run, stack: ExitStack) -> None:
         while run.state.step < config.run.steps:
             begun = time.perf_counter()
             metrics = run_step(run)
+            metrics |= evaluate_now_and_then(run, evaluators, starts)
             signum = int(parallel.maximum(request.signum, run.platform))
             last = run.state.step == config.run.steps
             if last or signum or run.state.step % config.checkpoint.interval == 0:
@@ -126,16 +138,38 @@ def train_steps(run: Run, stack: ExitStack) -> None:
                 raise Stopped(signum, step=run.state.step)
 
 
+def evaluate_now_and_then(
+    run: Run, evaluators: dict[str, Evaluator], starts: dict[str, PolicyOutput]
+) -> dict[str, float]:
+    """eval/* on validation prefixes where this step is due, on rank 0; draws nothing that counts.
+
+    Steps that a resumed run replays are not evaluated: the servers do not have their weights.
+    """
+    step, interval = run.state.step, run.config.evaluation.interval
+    if not interval or step % interval or step < run.replay_until or not evaluators:
+        return {}
+    now = measure(run, evaluators["validation"], f"evaluating on validation after step {step}")
+    if now is None:
+        return {}
+    return as_metrics(compare(starts["validation"], now, run.config.evaluation))
+
+
 def finish(
-    run: Run, evaluator: Evaluator | None, first: PolicyOutput | None, started: float
+    run: Run,
+    evaluators: dict[str, Evaluator],
+    starts: dict[str, PolicyOutput],
+    started: float,
 ) -> None:
-    """Evaluate the end policy and sum up."""
+    """Evaluate the end policy on test prefixes and sum up."""
     config = run.config
     if run.exchange is not None and run.exchange.version != run.state.policy_version:
         run.exchange.sync(run.state.policy_version, run.timer)  # the last steps were not sent
-    last = measure(run, evaluator, "evaluating the end policy")
+    result = {}
+    if evaluators:
+        end = measure(run, evaluators["test"], "evaluating the end policy on test")
+        if end is not None:
+            result = compare(starts["test"], end, config.evaluation)
     if run.ranks.is_main:
-        result = compare(first, last, config.evaluation) if first and last else {}
         write_summary(config.run.dir, summary(run, result, time.time() - started))
         report(run)
         run.console.note(f"done: {config.run.dir}/summary.json")
@@ -152,10 +186,8 @@ def report(run: Run) -> None:
         run.console.note(f"no report: {error}; try tools/report.py {run_dir}")
 
 
-def measure(run: Run, evaluator: Evaluator | None, text: str) -> PolicyOutput | None:
-    """One evaluation of the present policy, the start policy as second scorer; None in a replay."""
-    if evaluator is None:
-        return None
+def measure(run: Run, evaluator: Evaluator, text: str) -> PolicyOutput | None:
+    """One evaluation of the present policy, the start policy as second scorer; on rank 0."""
     log.info(text)
     with run.timer("evaluate"):
         return evaluator.measure(run.learner.policy.ddp, run.start_policy, parallel.share)

@@ -148,6 +148,21 @@ class Evaluator:
         )
 
 
+def as_metrics(result: dict[str, Any]) -> dict[str, float]:
+    """What `compare` found, under the names of metrics."""
+    names = {
+        "eval/nll": "heldout_nll_end",
+        "eval/win_rate": "win_rate",
+        "eval/second_win_rate": "second_win_rate",
+        "eval/judge_score": "judge_score_end",
+        "eval/distinct2": "distinct2_end",
+    }
+    metrics = {name: float(result[key]) for name, key in names.items() if key in result}
+    if "win_rate_ci" in result:
+        metrics["eval/win_rate_low"], metrics["eval/win_rate_high"] = result["win_rate_ci"]
+    return metrics
+
+
 def compare(start: PolicyOutput, end: PolicyOutput, settings: Evaluation) -> dict[str, Any]:
     """`eval` of summary.json: the end policy against the start policy.
 

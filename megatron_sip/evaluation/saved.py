@@ -12,10 +12,13 @@ from megatron_sip.evaluation.evaluate import PolicyOutput
 from megatron_sip.run_dir import atomic_write
 from megatron_sip.types import Candidate
 
-FILE = "evaluation_start.npz"
+
+def start_file(run_dir: Path, split: str) -> Path:
+    """Where the start policy's evaluation on a split lies."""
+    return run_dir / f"evaluation_start_{split}.npz"
 
 
-def save_output(run_dir: Path, output: PolicyOutput) -> None:
+def save_output(path: Path, output: PolicyOutput) -> None:
     """Write all that `compare` needs."""
     flat = [c for of_prefix in output.candidates for c in of_prefix]
     buffer = io.BytesIO()
@@ -29,15 +32,14 @@ def save_output(run_dir: Path, output: PolicyOutput) -> None:
         lengths=np.array([len(c.token_ids) for c in flat], np.int64),
         token_ids=np.concatenate([c.token_ids for c in flat]) if flat else np.zeros(0, np.int32),
     )
-    atomic_write(run_dir / FILE, buffer.getvalue())
+    atomic_write(path, buffer.getvalue())
 
 
-def load_output(run_dir: Path) -> PolicyOutput:
+def load_output(path: Path) -> PolicyOutput:
     """Read it back; the candidates have token ids alone.
 
     Raises: ValueError if the file is missing or damaged.
     """
-    path = run_dir / FILE
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}

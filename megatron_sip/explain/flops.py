@@ -27,7 +27,7 @@ class Prompts:
     """The log-prob of every prompt token is wanted: no prefix cache, and the head on each."""
 
 
-def forward_flops(shape: Shape, *, rows: int, length: int, causal_share: float) -> float:
+def forward_flops(shape: Shape, *, rows: float, length: int, causal_share: float) -> float:
     """Forward pass over full rows, log-prob of every position.
 
         rows x (2 length x (layers + head) + causal_share x 4 layers x length^2 x query width)
@@ -41,7 +41,7 @@ def forward_flops(shape: Shape, *, rows: int, length: int, causal_share: float) 
     return matrices + causal_share * scores
 
 
-def training_flops(shape: Shape, *, rows: int, length: int, causal_share: float) -> float:
+def training_flops(shape: Shape, *, rows: float, length: int, causal_share: float) -> float:
     """Forward and backward: each product has two in the backward pass."""
     return 3 * forward_flops(shape, rows=rows, length=length, causal_share=causal_share)
 

@@ -115,28 +115,38 @@ def _evaluation(
     served: Mapping[str, Shape | None],
     lengths: Lengths,
 ) -> list[Role]:
-    """Both evaluations of the run, spread over its steps."""
-    n, share = config.evaluation.num_prefixes, EVALUATIONS / config.run.steps
+    """All evaluations of the run, spread over its steps."""
+    settings, steps = config.evaluation, config.run.steps
+    times = {settings.num_prefixes: EVALUATIONS}
+    if settings.interval is not None:
+        more = 1 + steps // settings.interval  # of the start policy, then of the policy
+        times[settings.interval_prefixes] = times.get(settings.interval_prefixes, 0) + more
     dp = config.parallel.data_parallel_size
     causal = 1.0 if config.platform.kind == "cpu" else 0.5
-    per_rank = [n // dp + (rank < n % dp) for rank in range(dp)]
-    padded = sum(-(-k // Evaluator.batch) * Evaluator.batch for k in per_rank)
+    padded = sum(count * _padded(n, dp) for n, count in times.items()) / steps
+    n = sum(count * n for n, count in times.items()) / steps
     rows = padded * (2 if config.rollout else 1)  # the start policy scores continuations, too
-    flops = share * forward_flops(policy, rows=rows, length=work.row_length, causal_share=causal)
-    roles = [Role("evaluation", TRAINER, 0, share * rows * work.row_length, 0, flops, flops)]
+    flops = forward_flops(policy, rows=rows, length=work.row_length, causal_share=causal)
+    roles = [Role("evaluation", TRAINER, 0, rows * work.row_length, 0, flops, flops)]
     if config.rollout is None:
         return roles
     rollouts = Prompts(
-        share * n * NUM_CANDIDATES,
+        n * NUM_CANDIDATES,
         lengths.prefix,
         lengths.prefix,
-        share * n,
+        n,
         config.data.suffix_tokens,
     )
-    scored = Prompts(share * n, lengths.prompts["evaluation: judge"], scores_prompt=True)
+    scored = Prompts(n, lengths.prompts["evaluation: judge"], scores_prompt=True)
     for name, server, prompts in (
         ("evaluation: rollout", config.rollout.server, rollouts),
         ("evaluation: judge", config.evaluation.server, scored),
     ):
         roles.append(_served(name, server, served[server], prompts))
     return roles
+
+
+def _padded(num_prefixes: int, dp: int) -> int:
+    """Rows that score so many prefixes, filled up to whole batches on each replica."""
+    per_rank = [num_prefixes // dp + (rank < num_prefixes % dp) for rank in range(dp)]
+    return sum(-(-k // Evaluator.batch) * Evaluator.batch for k in per_rank)

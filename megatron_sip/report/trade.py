@@ -49,13 +49,18 @@ def _unit(name: str) -> str:
 
 
 def _evaluated(name: str) -> Callable[[RunData], Points]:
-    """eval/NAME over steps, with NAME_start and NAME_end of summary.json at the ends."""
+    """eval/NAME over steps; without it NAME_start and NAME_end of summary.json.
+
+    Never both: they are of validation and of test prefixes.
+    """
     key = "heldout_nll" if name == "nll" else name
 
     def points(run: RunData) -> Points:
         steps, values = logged(f"eval/{name}")(run)
         seen = {int(s): v for s, v in zip(steps, values, strict=True) if math.isfinite(v)}
         end = number(section(run.summary or {}, "steps"))
+        if seen:
+            return steps, values
         for at, suffix in ((0.0, "_start"), (end, "_end")):
             value = number(run.evaluation.get(key + suffix))
             if at is not None and value is not None:

@@ -31,7 +31,7 @@ def last_checkpoint(run):
 def learned(run):
     """The last line of each step, without what depends on the clock or on who was asked."""
     skip = ("time/", "memory/", "sync/", "judge/", "rollout/tokens", "rollout/length", "rewrite/",
-            "policy/lag", "pool/dropped")  # fmt: skip
+            "policy/lag", "pool/dropped", "eval/")  # fmt: skip
     lines = {line["step"]: line for line in run.metrics()}
     return [{k: v for k, v in lines[s].items() if not k.startswith(skip)} for s in sorted(lines)]
 
@@ -75,7 +75,7 @@ def killed(workplace, launch, pretrained):
     init = {"kind": "megatron", "path": str(pretrained.run_dir)}
     recipe = workplace.recipe(
         SIP, "killed", model__init=init, run__steps=5, checkpoint__interval=2,
-        checkpoint__keep_last=1,
+        checkpoint__keep_last=1, evaluation__interval=2, evaluation__interval_prefixes=4,
     )  # fmt: skip
     run = launch(recipe)
     pools = run.run_dir / "pools"
@@ -97,7 +97,16 @@ def test_committed_pools_are_replayed_and_kept_as_they_are(killed):
         assert (run.run_dir / "pools" / name).read_bytes() == data
     assert len(list((run.run_dir / "pools").glob("*.done"))) == 5
     log = (run.run_dir / "logs" / "trainer.log").read_text()
-    assert log.count("evaluating the start policy") == 1
+    assert log.count("evaluating the start policy on test") == 1
+
+
+def test_it_was_evaluated_on_the_way_where_it_was_live(killed):
+    run, _, _ = killed
+    found = {line["step"] for line in run.metrics() if "eval/win_rate" in line}
+    assert found == {2, 4}
+    line = next(line for line in run.metrics() if line["step"] == 4)
+    assert 0 <= line["eval/win_rate_low"] <= line["eval/win_rate"] <= line["eval/win_rate_high"]
+    assert line["eval/nll"] > 0 and 0 < line["eval/distinct2"] <= 1
 
 
 def test_a_resumed_run_equals_one_that_was_given_the_same_pools(

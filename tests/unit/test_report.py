@@ -257,15 +257,19 @@ def test_missing_and_repeated_values_follow_the_log_rules(tmp_path: Path) -> Non
     assert seen(tmp_path, run).readout("loss")["y"] == [2.0, None, 3.0]
 
 
-def test_evaluations_during_the_run_stand_between_start_and_end(tmp_path: Path) -> None:
+def test_evaluations_during_the_run_are_not_mixed_with_those_on_test_prefixes(
+    tmp_path: Path,
+) -> None:
     run = write_run(tmp_path / "run", steps=4)
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"eval/nll": 4.5, "eval/new": 1.0, "step": 2}\n')
     report = seen(tmp_path, run)
-    start, end = EVALUATION["heldout_nll_start"], EVALUATION["heldout_nll_end"]
     lines = [line for chart in report.json("chart-data") for line in chart["lines"]]
-    nll = next(line for line in lines if line["y"] == [start, 4.5, end])
-    assert nll["x"] == [0, 2, 4] and "eval/new" in report.text
+    nll = next(line for line in lines if 4.5 in line["y"])
+    assert (nll["x"], nll["y"]) == ([2], [4.5]) and "eval/new" in report.text
+    start, end = EVALUATION["distinct2_start"], EVALUATION["distinct2_end"]
+    distinct = next(line for line in lines if line["y"] == [start, end])
+    assert distinct["x"] == [0, 4]
 
 
 def test_comparison_shows_every_run_and_what_differs(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pool_helpers import candidate
 
 from megatron_sip import checkpoint_files
 from megatron_sip.evaluation.evaluate import PolicyOutput
-from megatron_sip.evaluation.saved import FILE, load_output, save_output
+from megatron_sip.evaluation.saved import load_output, save_output, start_file
 from megatron_sip.lifetime import StopRequest, children_shielded
 from megatron_sip.recipe import load_config
 from megatron_sip.resume import check_recipe
@@ -91,21 +91,23 @@ def test_the_start_policys_evaluation_is_read_back_whole(tmp_path: Path) -> None
         judge=np.array([-1.0, np.nan, -2.5]),
         second=np.array([-0.1, -0.2, -0.3]),
     )
-    save_output(tmp_path, output)
-    found = load_output(tmp_path)
+    path = start_file(tmp_path, "test")
+    save_output(path, output)
+    found = load_output(path)
     for name in ("documents", "nll", "judge", "second"):
         np.testing.assert_array_equal(getattr(found, name), getattr(output, name))
     ids = [[c.token_ids.tolist() for c in of_prefix] for of_prefix in found.candidates]
     assert ids == [[[1, 2, 3], [4]], [[5, 6], [7]], [[8], [9, 10]]]
-    (tmp_path / FILE).write_bytes((tmp_path / FILE).read_bytes()[:100])
+    path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match="restore it from a copy"):
-        load_output(tmp_path)
+        load_output(path)
 
 
 def test_next_token_evaluation_has_no_candidates_and_is_read_back(tmp_path: Path) -> None:
     none = np.zeros(0)
-    save_output(tmp_path, PolicyOutput(np.array([1]), np.array([2.0]), (), none, none))
-    assert load_output(tmp_path).candidates == ()
+    path = start_file(tmp_path, "test")
+    save_output(path, PolicyOutput(np.array([1]), np.array([2.0]), (), none, none))
+    assert load_output(path).candidates == ()
 
 
 @pytest.fixture
