@@ -32,11 +32,25 @@ def main() -> int:
         "--resume", action="store_true",
         help="go on with the run in run.dir from its latest checkpoint and its recorded pools",
     )  # fmt: skip
+    parser.add_argument(
+        "--explain", action="store_true",
+        help="print what the run will do and cost, and start nothing; needs no torchrun",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="with --explain: print it as JSON")
     arguments = parser.parse_args()
     if arguments.resume and arguments.pools:
         parser.error("--resume goes on with its own pools; leave --pools out")
+    if arguments.json and not arguments.explain:
+        parser.error("--json prints what --explain finds; add --explain")
+    if arguments.explain and (arguments.pools or arguments.resume):
+        parser.error("--explain describes a whole run; leave out --pools and --resume")
     try:
         config = load_config(arguments.config, tuple(arguments.overrides))
+        if arguments.explain:
+            from megatron_sip.explain.text import print_explanation
+
+            print_explanation(config, as_json=arguments.json)
+            return 0
         from megatron_sip.train import train  # torch and Megatron-Core, once the recipe is right
 
         train(config, pools_dir=arguments.pools, resume=arguments.resume)

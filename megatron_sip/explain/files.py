@@ -1,0 +1,77 @@
+"""Files that a run will write, with sizes by estimate. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from megatron_sip.config import Config
+from megatron_sip.explain.memory import FP32, weight_bytes
+from megatron_sip.explain.parameters import Parameters
+from megatron_sip.explain.samples import Lengths
+from megatron_sip.explain.workload import Workload
+
+CHARACTERS_PER_TOKEN = 4  # of text beside its token ids
+VERDICT_BYTES = 40
+SHARD_BYTES = 8_000  # of a Parquet file's own descriptions
+STEP_LINE_BYTES = {"ntp": 400, "sip": 2_000}  # of metrics.jsonl
+SMALL_BYTES = 50_000  # config, environment, summary
+
+
+@dataclass(frozen=True)
+class Files:
+    """One kind of file."""
+
+    path: str
+    count: int
+    bytes_each: int | None
+    """None: not known beforehand."""
+    note: str
+
+    @property
+    def bytes_total(self) -> int | None:
+        return None if self.bytes_each is None else self.count * self.bytes_each
+
+
+def run_files(
+    config: Config, parameters: Parameters, work: Workload, lengths: Lengths
+) -> tuple[Files, ...]:
+    """All files of the run directory, and the verdict cache.
+
+    Args: work: of the stage of the curriculum with the largest pools.
+    """
+    steps, interval, sip = config.run.steps, config.checkpoint.interval, config.run.task == "sip"
+    count = steps // interval + bool(steps % interval)
+    files = [
+        Files("config.toml, environment.json, summary.json", 1, SMALL_BYTES, "together, at most"),
+        Files("metrics.jsonl", steps, STEP_LINE_BYTES[config.run.task], "bytes a step"),
+        Files(
+            "checkpoints/step_*/", count, checkpoint_bytes(config, parameters),
+            "weights, fp32 weights, two moments; none is deleted",
+        ),
+    ]  # fmt: skip
+    if sip:
+        files += [
+            Files("pools/step_*.parquet", steps, pool_bytes(config, work, lengths),
+                  f"all shards of a step ({config.parallel.data_parallel_size} files) and marker; "
+                  "compression not counted"),
+            Files(f"{config.judge.cache_dir if config.judge else ''}/*.sqlite", 1, None,
+                  "verdicts and rewrites by content, outside the run directory"),
+        ]  # fmt: skip
+    return (*files, Files("logs/*.log", 1, None, "trainer ranks, servers, watchdog"))
+
+
+def checkpoint_bytes(config: Config, parameters: Parameters) -> int:
+    """Weights as trained, fp32 main weights and Adam's two moments, each once over all ranks."""
+    size = weight_bytes(config.platform.kind, config.platform.fp8)
+    return sum(parameters.total.values()) * (size + 3 * FP32)
+
+
+def pool_bytes(config: Config, work: Workload, lengths: Lengths) -> int:
+    """Pools of one step: candidates (ids, log-probs, text), verdicts, and each prefix once."""
+    n, token = config.data.suffix_tokens, FP32 + CHARACTERS_PER_TOKEN
+    candidates = work.prompts * work.candidates * n * token + work.rollouts * n * FP32
+    prefixes = work.prompts * lengths.prefix * token
+    verdicts = sum(work.verdicts.values()) * VERDICT_BYTES
+    return round(
+        candidates + prefixes + verdicts + SHARD_BYTES * config.parallel.data_parallel_size
+    )

@@ -1,0 +1,117 @@
+"""A recipe -> everything that can be said of its run before it begins.
+
+Reads files (tokenizer, data, model folders) where they are there; starts nothing, writes nothing,
+allocates no model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from megatron_sip import checkpoint, services
+from megatron_sip.config import Config
+from megatron_sip.explain.files import Files, run_files
+from megatron_sip.explain.memory import Memory, rank_memory
+from megatron_sip.explain.parameters import Parameters, count_parameters
+from megatron_sip.explain.ranks import RankPlace, all_ranks
+from megatron_sip.explain.roles import Role, roles_of
+from megatron_sip.explain.samples import Data, Lengths, measure_lengths, open_files
+from megatron_sip.explain.servers import ServerPlan, server_plans
+from megatron_sip.explain.shapes import policy_shape
+from megatron_sip.explain.speed import Bottleneck, bottleneck
+from megatron_sip.explain.workload import Workload, plans, workload
+from megatron_sip.platform import Platform
+
+
+@dataclass(frozen=True)
+class Step:
+    """An average step of one stage of the curriculum."""
+
+    work: Workload
+    roles: tuple[Role, ...]
+    bottleneck: Bottleneck
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What a run will do and cost. Bytes, tokens, FLOPs and seconds; a step is one over all ranks.
+    """  # fmt: skip
+
+    config: Config
+    missing: tuple[str, ...]
+    """What would stop the run as things are."""
+    data: Data
+    lengths: Lengths
+    ranks: tuple[RankPlace, ...]
+    parameters: Parameters
+    memory: tuple[Memory, ...]
+    servers: tuple[ServerPlan, ...]
+    steps: tuple[Step, ...]
+    files: tuple[Files, ...]
+
+
+def explain(config: Config) -> Explanation:
+    """Explain a valid recipe.
+
+    Raises: ValueError if the recipe cannot run anywhere: a server's settings contradict the
+            platform, or a prompt does not exist.
+    """
+    data, tokenizer, sampler = open_files(config)
+    lengths = measure_lengths(config, tokenizer, sampler)
+    policy = policy_shape(config.model, vocab_size=data.vocab_size)
+    platform = describe_platform(config)
+    parameters = count_parameters(config.model, config.parallel, vocab_size=data.vocab_size)
+    servers = server_plans(config, policy)
+    shapes = {server.name: server.shape for server in servers}
+    steps = []
+    for plan in plans(config):
+        work = workload(config, plan, platform)
+        roles = roles_of(config, work, policy=policy, served=shapes, lengths=lengths)
+        steps.append(Step(work, roles, bottleneck(config, roles, servers)))
+    most_rows = max((s.work for s in steps), key=lambda w: w.rows)
+    largest_pool = max((s.work for s in steps), key=lambda w: w.candidates)
+    return Explanation(
+        config=config,
+        missing=what_is_missing(config, data),
+        data=data,
+        lengths=lengths,
+        ranks=all_ranks(config),
+        parameters=parameters,
+        memory=rank_memory(config, parameters, most_rows, policy),
+        servers=servers,
+        steps=tuple(steps),
+        files=run_files(config, parameters, largest_pool, lengths),
+    )
+
+
+def describe_platform(config: Config) -> Platform:
+    """The platform of the run as a description: no device is touched, nothing is patched."""
+    if config.platform.kind == "cpu":
+        return Platform("cpu", "gloo", torch.device("cpu"), torch.float32, None)
+    return Platform("cuda", "nccl", torch.device("cuda"), torch.bfloat16, config.platform.fp8)
+
+
+def what_is_missing(config: Config, data: Data) -> tuple[str, ...]:
+    """Each reason for which the run would stop before its first step, as far as files tell."""
+    tp = config.parallel.tensor_model_parallel_size
+    found = [data.missing] if data.missing else []
+    if not data.vocab_size_assumed and data.vocab_size % tp:
+        found.append(
+            f"tokenizer has {data.vocab_size} pieces, which "
+            f"parallel.tensor_model_parallel_size {tp} does not divide"
+        )
+    path = config.run.dir
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        found.append(f"run.dir {path} must be absent or empty")
+    try:
+        services.check_models(config)
+    except (OSError, ValueError) as error:
+        found.append(str(error))
+    if config.model.init.kind == "megatron":
+        try:
+            checkpoint.find(config.model.init.path)
+        except ValueError as error:
+            found.append(str(error))
+    return tuple(found)

@@ -1,0 +1,142 @@
+"""Work of one step by role: who computes it, how many tokens, how many FLOPs. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from megatron_sip.config import Config
+from megatron_sip.evaluation.evaluate import NUM_CANDIDATES, Evaluator
+from megatron_sip.explain.flops import Prompts, forward_flops, serving_flops, training_flops
+from megatron_sip.explain.samples import Lengths
+from megatron_sip.explain.shapes import Shape
+from megatron_sip.explain.workload import Workload
+
+TRAINER = "trainer"
+EVALUATIONS = 2  # of a run: the start policy and the end policy
+
+
+@dataclass(frozen=True)
+class Role:
+    """One role's part of an average step, over all ranks or servers."""
+
+    name: str
+    place: str
+    """"trainer", or the server's name."""
+    requests: float
+    prompt_tokens: float
+    """Sent to the server, or positions that the trainer computes."""
+    new_tokens: float
+    """Generated, at the most."""
+    flops: float | None
+    """With a working prefix cache; None: the model's size is unknown."""
+    flops_without_cache: float | None
+
+
+def roles_of(
+    config: Config,
+    work: Workload,
+    *,
+    policy: Shape,
+    served: Mapping[str, Shape | None],
+    lengths: Lengths,
+) -> tuple[Role, ...]:
+    """All roles of one step of a curriculum stage.
+
+    Args: served: shape of each server's model, None where it is unknown.
+    """
+    causal = 1.0 if config.platform.kind == "cpu" else 0.5
+    rows = {"rows": work.rows, "length": work.row_length, "causal_share": causal}
+    roles = []
+    if work.rollouts:
+        assert config.rollout is not None
+        roles.append(_rollout(config, work, served[config.rollout.server], lengths))
+    if work.rewrites:
+        assert config.rewriter is not None
+        prompts = Prompts(
+            work.rewrites, lengths.prompts["rewrite"], new_tokens=config.rewriter.max_tokens
+        )
+        server = config.rewriter.server
+        roles.append(_served("rewrite", server, served[server], prompts))
+    roles += _judges(config, work, served, lengths)
+    if work.uses_reference:
+        roles.append(
+            Role("reference", TRAINER, 0, work.row_tokens, 0, *[forward_flops(policy, **rows)] * 2)
+        )
+    roles.append(
+        Role("train", TRAINER, 0, work.row_tokens, 0, *[training_flops(policy, **rows)] * 2)
+    )
+    return (*roles, *_evaluation(config, work, policy, served, lengths))
+
+
+def _served(name: str, server: str, shape: Shape | None, work: Prompts) -> Role:
+    """A role that a server plays."""
+    flops = [
+        None if shape is None else serving_flops(shape, work, prefix_cache=cache)
+        for cache in (True, False)
+    ]
+    tokens = work.requests * work.prompt_tokens
+    return Role(name, server, work.requests, tokens, work.requests * work.new_tokens, *flops)
+
+
+def _rollout(config: Config, work: Workload, shape: Shape | None, lengths: Lengths) -> Role:
+    assert config.rollout is not None
+    prompts = Prompts(
+        work.rollouts, lengths.prefix, lengths.prefix, work.prompts, config.data.suffix_tokens
+    )
+    return _served("rollout", config.rollout.server, shape, prompts)
+
+
+def _judges(
+    config: Config, work: Workload, served: Mapping[str, Shape | None], lengths: Lengths
+) -> list[Role]:
+    """One role a criterion; prompts of a pool share what stands before the candidates."""
+    roles = []
+    for criterion in config.judge.criteria if config.judge else ():
+        count, name = work.verdicts[criterion.name], f"judge: {criterion.name}"
+        if criterion.form == "rarity":
+            roles.append(Role(name, TRAINER, 0, 0, 0, 0.0, 0.0))
+            continue
+        prompts = Prompts(
+            requests=count,
+            prompt_tokens=lengths.prompts[criterion.name],
+            shared_tokens=lengths.shared[criterion.name],
+            pools=work.prompts,
+            scores_prompt=criterion.form == "likelihood",
+        )
+        roles.append(_served(name, criterion.server, served[criterion.server], prompts))
+    return roles
+
+
+def _evaluation(
+    config: Config,
+    work: Workload,
+    policy: Shape,
+    served: Mapping[str, Shape | None],
+    lengths: Lengths,
+) -> list[Role]:
+    """Both evaluations of the run, spread over its steps."""
+    n, share = config.evaluation.num_prefixes, EVALUATIONS / config.run.steps
+    dp = config.parallel.data_parallel_size
+    causal = 1.0 if config.platform.kind == "cpu" else 0.5
+    per_rank = [n // dp + (rank < n % dp) for rank in range(dp)]
+    padded = sum(-(-k // Evaluator.batch) * Evaluator.batch for k in per_rank)
+    rows = padded * (2 if config.rollout else 1)  # the start policy scores continuations, too
+    flops = share * forward_flops(policy, rows=rows, length=work.row_length, causal_share=causal)
+    roles = [Role("evaluation", TRAINER, 0, share * rows * work.row_length, 0, flops, flops)]
+    if config.rollout is None:
+        return roles
+    rollouts = Prompts(
+        share * n * NUM_CANDIDATES,
+        lengths.prefix,
+        lengths.prefix,
+        share * n,
+        config.data.suffix_tokens,
+    )
+    scored = Prompts(share * n, lengths.prompts["evaluation"], scores_prompt=True)
+    for name, server, prompts in (
+        ("evaluation: rollout", config.rollout.server, rollouts),
+        ("evaluation: judge", config.evaluation.server, scored),
+    ):
+        roles.append(_served(name, server, served[server], prompts))
+    return roles

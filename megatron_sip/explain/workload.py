@@ -1,0 +1,103 @@
+"""What one step of a curriculum stage asks for: pools, rollouts, verdicts, rows. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from megatron_sip import curriculum
+from megatron_sip.config import Config, Objective
+from megatron_sip.judge.schedules import next_questions
+from megatron_sip.learner import needs_reference
+from megatron_sip.platform import Platform
+from megatron_sip.rows import row_length
+from megatron_sip.types import Plan
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One step over all ranks."""
+
+    stage: str
+    objective: str
+    sources: tuple[str, ...]
+    prompts: int
+    rollouts: int
+    rewrites: int
+    candidates: int
+    """Of one pool, if none is dropped."""
+    verdicts: dict[str, int]
+    """By criterion; "rarity" ones are computed and ask no server."""
+    rows: int
+    row_length: int
+    """Positions of a padded row."""
+    row_multiple: int
+    """Row lengths are rounded up to it (FP8 tiles, sequence-parallel slices)."""
+    rows_per_micro_batch: int
+    micro_batches: int
+    """Of one data-parallel rank."""
+    uses_reference: bool
+
+    @property
+    def row_tokens(self) -> int:
+        """Positions that the trainer computes, padding included."""
+        return self.rows * self.row_length
+
+
+def plans(config: Config) -> tuple[Plan, ...]:
+    """The plan of each stage that the run may be in."""
+    if config.curriculum is None:
+        return (Plan("final", ("suffix",), 0, config.objective.name),)
+    last = len(curriculum.STAGES) - 1
+    stages = range(last + 1) if config.curriculum.kind == "staged" else (last,)
+    return tuple(curriculum.plan(config, curriculum.START | {"stage": float(i)}) for i in stages)
+
+
+def workload(config: Config, plan: Plan, platform: Platform) -> Workload:
+    """Work of one step under `plan`."""
+    data, parallel = config.data, config.parallel
+    settings = curriculum.settings_of(config, plan)
+    multiple = platform.token_multiple(
+        tensor_parallel=parallel.tensor_model_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+    )
+    prompts, per_pool = data.global_batch_size, rows_per_pool(settings)
+    rollouts = plan.num_rollouts if "rollout" in plan.sources else 0
+    singles = sum(source in plan.sources for source in ("suffix", "rewrite"))
+    candidates = rollouts + singles if config.judge else 0
+    return Workload(
+        stage=plan.stage,
+        objective=plan.objective,
+        sources=tuple(plan.sources),
+        prompts=prompts,
+        rollouts=prompts * rollouts,
+        rewrites=prompts * ("rewrite" in plan.sources),
+        candidates=candidates,
+        verdicts={n: prompts * k for n, k in verdicts_per_pool(config, candidates).items()},
+        rows=prompts * per_pool,
+        row_length=row_length(data.prefix_tokens, data.suffix_tokens, multiple),
+        row_multiple=multiple,
+        rows_per_micro_batch=data.micro_batch_size * per_pool,
+        micro_batches=prompts // (data.micro_batch_size * parallel.data_parallel_size),
+        uses_reference=needs_reference(settings),
+    )
+
+
+def rows_per_pool(settings: Objective) -> int:
+    """Rows that an objective makes of one pool; a prefix that is trained on needs none of its own.
+    """  # fmt: skip
+    if settings.name == "dpo":
+        return 2 * settings.pairs_per_pool + (settings.suffix_weight > 0)
+    return 1
+
+
+def verdicts_per_pool(config: Config, candidates: int) -> dict[str, int]:
+    """Verdicts on one pool by criterion, counted on the schedule's own questions."""
+    if config.judge is None:
+        return {}
+    asked = [c for c in config.judge.criteria if c.form != "rarity"]
+    questions = next_questions(config.judge.schedule, (), candidates, 0, criteria=asked)
+    found = Counter(q.criterion for q in questions)
+    return {
+        c.name: candidates if c.form == "rarity" else found[c.name] for c in config.judge.criteria
+    }
