@@ -39,7 +39,7 @@ LAYERS = {
         "evaluation.statistics", "convert.names", "rollout.digest",
     ),
     4: ("step", "resume", "assembly"),
-    5: ("train",),
+    5: ("train", "explain."),
 }  # fmt: skip
 EFFECTFUL = 3
 
