@@ -99,8 +99,8 @@ def _judges(
             continue
         prompts = Prompts(
             requests=count,
-            prompt_tokens=lengths.prompts[criterion.name],
-            shared_tokens=lengths.shared[criterion.name],
+            prompt_tokens=lengths.prompts[name],
+            shared_tokens=lengths.shared[name],
             pools=work.prompts,
             scores_prompt=criterion.form == "likelihood",
         )
@@ -133,7 +133,7 @@ def _evaluation(
         share * n,
         config.data.suffix_tokens,
     )
-    scored = Prompts(share * n, lengths.prompts["evaluation"], scores_prompt=True)
+    scored = Prompts(share * n, lengths.prompts["evaluation: judge"], scores_prompt=True)
     for name, server, prompts in (
         ("evaluation: rollout", config.rollout.server, rollouts),
         ("evaluation: judge", config.evaluation.server, scored),

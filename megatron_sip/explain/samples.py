@@ -44,7 +44,7 @@ class Lengths:
     prefix: float
     """Of the prefix, policy tokens."""
     prompts: dict[str, float]
-    """Whole prompt by criterion, "rewrite" and "evaluation"; the server's tokens."""
+    """Whole prompt by the role that sends it, such as "judge: NAME"; the server's tokens."""
     shared: dict[str, float]
     """Its beginning that all prompts of a pool share."""
     measured: dict[str, bool]
@@ -118,7 +118,7 @@ class _Asker:
 
 
 def _askers(config: Config) -> dict[str, _Asker]:
-    """All kinds of requests by name."""
+    """All kinds of requests by role."""
     assert config.judge is not None
     evaluation = LikelihoodCriterion(
         form="likelihood",
@@ -127,13 +127,12 @@ def _askers(config: Config) -> dict[str, _Asker]:
         prefix_tokens=config.evaluation.prefix_tokens,
     )
     askers = {}
-    for criterion in (*config.judge.criteria, evaluation):
+    criteria = {f"judge: {c.name}": c for c in config.judge.criteria}
+    for role, criterion in {**criteria, "evaluation: judge": evaluation}.items():
         if criterion.form == "likelihood":
-            askers[criterion.name] = _Asker(
-                criterion.server, criterion.prefix_tokens, None, criterion, 1
-            )
+            askers[role] = _Asker(criterion.server, criterion.prefix_tokens, None, criterion, 1)
         elif criterion.form != "rarity":
-            askers[criterion.name] = _Asker(
+            askers[role] = _Asker(
                 criterion.server, None, load_prompt(criterion.prompt), criterion,
                 2 if criterion.form == "pairwise" else 1,
             )  # fmt: skip
