@@ -64,7 +64,7 @@ def create_run_dir(path: Path, config: Config) -> None:
             f"run.dir {path} holds {len(entries)} entries ({shown}); it must be absent or empty: "
             "name another folder (--set run.dir=...) or remove it"
         )
-    _refuse_secrets(config)
+    refuse_secrets(config)
     for name in ("pools", "checkpoints", "logs"):
         (path / name).mkdir(parents=True)
     recipe = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
@@ -100,7 +100,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _refuse_secrets(config: Config) -> None:
+def refuse_secrets(config: Config) -> None:
+    """Raises: ValueError if a server's URL carries a password, which would be saved or printed."""
     for name, server in config.servers.items():
         if isinstance(server, ConnectServer) and "@" in urlsplit(server.url).netloc:
             raise ValueError(

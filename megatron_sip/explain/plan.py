@@ -6,6 +6,7 @@ allocates no model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from megatron_sip.explain.shapes import policy_shape
 from megatron_sip.explain.speed import Bottleneck, bottleneck
 from megatron_sip.explain.workload import Workload, plans, workload
 from megatron_sip.platform import Platform
+from megatron_sip.run_dir import refuse_secrets
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Explanation:
     """  # fmt: skip
 
     config: Config
-    missing: tuple[str, ...]
+    obstacles: tuple[str, ...]
     """What would stop the run as things are."""
     data: Data
     lengths: Lengths
@@ -56,8 +58,9 @@ def explain(config: Config) -> Explanation:
     """Explain a valid recipe.
 
     Raises: ValueError if the recipe cannot run anywhere: a server's settings contradict the
-            platform, or a prompt does not exist.
+            platform, its URL carries a password, or a prompt does not exist.
     """
+    refuse_secrets(config)
     data, tokenizer, sampler = open_files(config)
     lengths = measure_lengths(config, tokenizer, sampler)
     policy = policy_shape(config.model, vocab_size=data.vocab_size)
@@ -74,7 +77,7 @@ def explain(config: Config) -> Explanation:
     largest_pool = max((s.work for s in steps), key=lambda w: w.candidates)
     return Explanation(
         config=config,
-        missing=what_is_missing(config, data),
+        obstacles=what_is_missing(config, data) + too_long(config, steps[-1].roles),
         data=data,
         lengths=lengths,
         ranks=all_ranks(config),
@@ -114,4 +117,20 @@ def what_is_missing(config: Config, data: Data) -> tuple[str, ...]:
             checkpoint.find(config.model.init.path)
         except ValueError as error:
             found.append(str(error))
+    return tuple(found)
+
+
+def too_long(config: Config, roles: Sequence[Role]) -> tuple[str, ...]:
+    """Roles whose requests do not fit the server that gets them; it would refuse each."""
+    found = []
+    for role in roles:
+        server = config.servers.get(role.place)
+        if server is None or server.kind == "connect" or not role.requests:
+            continue
+        needed = (role.prompt_tokens + role.new_tokens) / role.requests
+        if needed > server.max_model_len:
+            found.append(
+                f"{role.name}: a request has about {needed:,.0f} tokens, more than "
+                f"servers.{role.place}.max_model_len {server.max_model_len}"
+            )
     return tuple(found)

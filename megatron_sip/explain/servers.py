@@ -25,6 +25,8 @@ class ServerPlan:
     url: str
     gpus: tuple[int, ...]
     shape: Shape | None
+    weights: int | None
+    """Bytes of the weights, over all its GPUs; None where the size is unknown."""
     unknown: str
     """Why the shape is None; empty if it is not."""
     command: tuple[str, ...]
@@ -65,6 +67,7 @@ def _plan(config: Config, name: str, policy: Shape) -> ServerPlan:
         url=settings.url if isinstance(settings, ConnectServer) else "",
         gpus=settings.gpus if isinstance(settings, StartServer) else (),
         shape=shape,
+        weights=_weights(settings, shape),
         unknown=unknown,
         command=command,
         environment=environment,
@@ -83,6 +86,12 @@ def _shape(
         return folder_shape(Path(settings.model)), ""
     except ValueError as error:
         return None, str(error)
+
+
+def _weights(settings: StartServer | ConnectServer, shape: Shape | None) -> int | None:
+    if shape is None or isinstance(settings, ConnectServer):
+        return None
+    return shape.parameters * (2 if settings.dtype == "bfloat16" else 4)
 
 
 def _command(

@@ -24,6 +24,7 @@ class Hardware:
     bf16_flops: float = 989e12
     """Dense, FLOP/s."""
     fp8_flops: float = 1979e12
+    memory_bytes: float = 80e9
     memory_bandwidth: float = 3.35e12
     """Bytes/s."""
     train_utilisation: float = 0.40
@@ -63,8 +64,9 @@ def bottleneck(config: Config, roles: Sequence[Role], servers: Sequence[ServerPl
     known = [(t.seconds, t) for t in times if t.seconds is not None]
     seconds, slowest = max(known, key=lambda pair: pair[0])
     total = sum(value for value, _ in known)
-    reasons = [f"roles that are known take {total:.3g} s a step together, {slowest.role} the "
-               f"longest of them with {seconds:.3g} s"]  # fmt: skip
+    hours = total * config.run.steps / 3600
+    reasons = [f"roles that are known take {total:.3g} s a step together ({hours:.3g} h a run), "
+               f"{slowest.role} the longest of them with {seconds:.3g} s"]  # fmt: skip
     unknown = [r for r in roles if r.flops is None and not r.name.startswith("evaluation")]
     for role in unknown:
         reasons.append(
@@ -124,9 +126,12 @@ def _on_cpu(roles: Sequence[Role]) -> Bottleneck:
         f"{largest.name} has {100 * flops / total:.0f} % of the FLOPs that are known",
         "not known: FLOP/s of these cores, their memory bandwidth, and how trainer and servers "
         "share them; so there are no seconds",
-        "decoding (rollout, rewrite) reads all weights for each batch of tokens, so it takes more "
-        "time than its FLOPs say",
     ]
+    if any(r.new_tokens > r.requests for r in roles):
+        reasons.append(
+            "decoding (rollout, rewrite) reads all weights for each batch of tokens, so it takes "
+            "more time than its FLOPs say"
+        )
     reasons += [
         f"{r.name}: the model behind server {r.place} is unknown and left out"
         for r in roles

@@ -14,6 +14,7 @@ import pytest
 from tiny_run import ROOT, SIP
 
 LIMIT_S = 30
+CONNECT = '{ kind = "connect", url = "http://u:pw@h", model = "m", tokenizer = "t" }'
 RECIPES = ("quickstart", "quickstart_ntp", "continual_quality")
 
 
@@ -57,7 +58,7 @@ def test_overrides_are_explained_and_files_may_be_missing(tmp_path: Path) -> Non
     found = as_json(recipe, *sizes, *missing)
     assert len(found["ranks"]) == 4
     assert found["data"]["vocab_size_assumed"] and found["data"]["train_tokens"] is None
-    assert found["servers"][1]["shape"] is None and len(found["missing"]) == 3
+    assert found["servers"][1]["shape"] is None and len(found["obstacles"]) == 3
     done = explain(recipe, "--explain", *missing)
     assert "size of the data and passes over it: not known" in done.stdout
     assert "size unknown" in done.stdout and "would stop the run" in done.stdout
@@ -79,6 +80,7 @@ def test_wrong_recipe_and_impossible_server_are_one_line(tmp_path: Path) -> None
     recipe = ROOT / "configs" / "quickstart.toml"
     for override, message in (
         ("run.stepz=1", 'did you mean "steps"?'),
+        (f"servers.judge={CONNECT}", "carries a user name or password"),
         ("servers.judge.gpus=[0]", 'servers.judge.gpus is [0], but platform.kind is "cpu"'),
     ):
         done = explain(recipe, "--explain", "--set", override)
@@ -88,7 +90,7 @@ def test_wrong_recipe_and_impossible_server_are_one_line(tmp_path: Path) -> None
 def test_finished_run_wrote_and_asked_about_what_was_said(workplace: Any, improved: Any) -> None:
     begun = time.monotonic()
     found = as_json(workplace.recipe(SIP, "sip-explained"))
-    assert time.monotonic() - begun < LIMIT_S and found["missing"] == []
+    assert time.monotonic() - begun < LIMIT_S and found["obstacles"] == []
     lines = improved.metrics()
     (step,) = found["steps"]
     roles = {role["name"]: role for role in step["roles"]}

@@ -10,7 +10,7 @@ from pool_helpers import candidate, pool, sample
 from megatron_sip.config import Config, DpoObjective, NllObjective, Objective, RfNllObjective
 from megatron_sip.experience import no_rewards
 from megatron_sip.explain.flops import Prompts, forward_flops, serving_flops, training_flops
-from megatron_sip.explain.plan import describe_platform
+from megatron_sip.explain.plan import describe_platform, too_long
 from megatron_sip.explain.roles import TRAINER, Role, roles_of
 from megatron_sip.explain.samples import measure_lengths
 from megatron_sip.explain.servers import PORT, server_plans
@@ -157,6 +157,15 @@ def test_unknown_model_leaves_its_roles_without_flops() -> None:
     ]  # fmt: skip
 
 
+def test_prompts_that_a_server_would_refuse_are_named() -> None:
+    config = recipe("quickstart", "servers.judge.max_model_len=64")
+    found = too_long(config, list(roles(config, {"policy": SMALL, "judge": SMALL}).values()))
+    assert [text.split(": a request")[0] for text in found] == [
+        "rewrite", "judge: likelihood", "evaluation: judge"
+    ]  # fmt: skip
+    assert "about 97 tokens, more than servers.judge.max_model_len 64" in found[1]
+
+
 def test_assumed_prompts_follow_the_form() -> None:
     found = measure_lengths(recipe("quickstart", PAIRWISE), None, None)
     assert not any(found.measured.values())
@@ -179,6 +188,7 @@ def test_commands_are_those_of_the_fleet_but_for_the_port() -> None:
     assert [PORT if a == "4711" else a for a in argv] == list(judge.command)
     assert judge.environment == environment
     assert policy.command[policy.command.index("--model") + 1] == "runs/quickstart/servers/policy"
+    assert (policy.weights, judge.weights) == (4 * 1352, 4 * 134_515_008 if judge.shape else None)
     assert judge.users == ("evaluation", "judge: likelihood", "rewrite")
 
 
