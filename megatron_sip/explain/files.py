@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from megatron_sip.config import Config
-from megatron_sip.explain.memory import FP32, weight_bytes
+from megatron_sip.explain.memory import FP32, takes_reference_later, weight_bytes
 from megatron_sip.explain.parameters import Parameters
 from megatron_sip.explain.samples import Lengths
 from megatron_sip.explain.workload import Workload
@@ -39,18 +39,24 @@ def run_files(
 
     Args: work: of the stage of the curriculum with the largest pools.
     """
-    steps, interval, sip = config.run.steps, config.checkpoint.interval, config.run.task == "sip"
-    count = steps // interval + bool(steps % interval)
+    steps, sip = config.run.steps, config.run.task == "sip"
     files = [
         Files("config.toml, environment.json, summary.json", 1, SMALL_BYTES, "together, at most"),
+        Files("evaluation_start.npz, report.html", 1, None, "the start's evaluation; the report"),
         Files("metrics.jsonl", steps, STEP_LINE_BYTES[config.run.task], "bytes a step"),
         Files(
-            "checkpoints/step_*/", count, checkpoint_bytes(config, parameters),
-            "weights, fp32 weights, two moments; none is deleted",
+            "checkpoints/step_*/", checkpoints_kept(config), checkpoint_bytes(config, parameters),
+            "those kept at the end, one more while saving; weights, fp32 weights, two moments",
         ),
     ]  # fmt: skip
     if sip:
+        weights = sum(parameters.total.values()) * weight_bytes(
+            config.platform.kind, config.platform.fp8
+        )
+        later = takes_reference_later(config)
         files += [
+            Files("checkpoints/weights_*/", 1 + later, weights,
+                  "start policy" + (", and the reference that is taken later" if later else "")),
             Files("pools/step_*.parquet", steps, pool_bytes(config, work, lengths),
                   f"all shards of a step ({config.parallel.data_parallel_size} files) and marker; "
                   "compression not counted"),
@@ -58,6 +64,15 @@ def run_files(
                   "verdicts and rewrites by content, outside the run directory"),
         ]  # fmt: skip
     return (*files, Files("logs/*.log", 1, None, "trainer ranks, servers, watchdog"))
+
+
+def checkpoints_kept(config: Config) -> int:
+    """Checkpoints that are left at the end: the newest ones, and those that are kept for good."""
+    steps, settings = config.run.steps, config.checkpoint
+    saved = sorted({*range(settings.interval, steps + 1, settings.interval), steps})
+    old = saved[: -settings.keep_last]
+    every = settings.keep_every
+    return len(saved) - len(old) + sum(every is not None and s % every == 0 for s in old)
 
 
 def checkpoint_bytes(config: Config, parameters: Parameters) -> int:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_sip import checkpoint, services
+from megatron_sip import checkpoint_files, services
 from megatron_sip.config import Config
 from megatron_sip.explain.files import Files, run_files
 from megatron_sip.explain.memory import Memory, rank_memory
@@ -114,9 +114,9 @@ def what_is_missing(config: Config, data: Data) -> tuple[str, ...]:
         found.append(str(error))
     if config.model.init.kind == "megatron":
         try:
-            checkpoint.find(config.model.init.path)
+            checkpoint_files.find(config.model.init.path)
         except ValueError as error:
-            found.append(str(error))
+            found.append(f"model.init.path: {error}")
     return tuple(found)
 
 
