@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from megatron_sip.config import Checkpoint, Config
-from megatron_sip.explain.memory import FP32, weight_bytes
+from megatron_sip.config import Config
+from megatron_sip.explain.memory import FP32, takes_reference_later, weight_bytes
 from megatron_sip.explain.parameters import Parameters
 from megatron_sip.explain.samples import Lengths
 from megatron_sip.explain.workload import Workload
@@ -14,7 +14,6 @@ CHARACTERS_PER_TOKEN = 4  # of text beside its token ids
 VERDICT_BYTES = 40
 SHARD_BYTES = 8_000  # of a Parquet file's own descriptions
 STEP_LINE_BYTES = {"ntp": 400, "sip": 2_000}  # of metrics.jsonl
-REPORT_BYTES = 1_000_000
 SMALL_BYTES = 50_000  # config, environment, summary
 
 
@@ -43,21 +42,21 @@ def run_files(
     steps, sip = config.run.steps, config.run.task == "sip"
     files = [
         Files("config.toml, environment.json, summary.json", 1, SMALL_BYTES, "together, at most"),
-        Files("report.html", 1, REPORT_BYTES, "at most, about"),
+        Files("evaluation_start_*.npz, report.html", 1, None, "the start's evaluation; the report"),
         Files("metrics.jsonl", steps, STEP_LINE_BYTES[config.run.task], "bytes a step"),
         Files(
-            "checkpoints/step_*/", kept_checkpoints(config.checkpoint, steps),
-            checkpoint_bytes(config, parameters),
-            "weights, fp32 weights, two moments; those that are kept at the end",
+            "checkpoints/step_*/", checkpoints_kept(config), checkpoint_bytes(config, parameters),
+            "those kept at the end, one more while saving; weights, fp32 weights, two moments",
         ),
     ]  # fmt: skip
     if sip:
         weights = sum(parameters.total.values()) * weight_bytes(
             config.platform.kind, config.platform.fp8
         )
+        later = takes_reference_later(config)
         files += [
-            Files("checkpoints/weights_*/", 1, weights, "start policy; another one of a later "
-                  "reference, if the curriculum is staged"),
+            Files("checkpoints/weights_*/", 1 + later, weights,
+                  "start policy" + (", and the reference that is taken later" if later else "")),
             Files("pools/step_*.parquet", steps, pool_bytes(config, work, lengths),
                   f"all shards of a step ({config.parallel.data_parallel_size} files) and marker; "
                   "compression not counted"),
@@ -67,11 +66,13 @@ def run_files(
     return (*files, Files("logs/*.log", 1, None, "trainer ranks, servers, watchdog"))
 
 
-def kept_checkpoints(settings: Checkpoint, steps: int) -> int:
-    """Checkpoints of steps that are there at the end."""
+def checkpoints_kept(config: Config) -> int:
+    """Checkpoints that are left at the end: the newest ones, and those that are kept for good."""
+    steps, settings = config.run.steps, config.checkpoint
     saved = sorted({*range(settings.interval, steps + 1, settings.interval), steps})
-    for_good = {s for s in saved if settings.keep_every and s % settings.keep_every == 0}
-    return len(for_good | set(saved[-settings.keep_last :]))
+    old = saved[: -settings.keep_last]
+    every = settings.keep_every
+    return len(saved) - len(old) + sum(every is not None and s % every == 0 for s in old)
 
 
 def checkpoint_bytes(config: Config, parameters: Parameters) -> int:

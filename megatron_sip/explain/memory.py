@@ -54,6 +54,12 @@ def weight_bytes(kind: str, fp8: Fp8 | None = None) -> int:
     return 1 if fp8 is not None and fp8.param else 2
 
 
+def takes_reference_later(config: Config) -> bool:
+    """Whether a reference of its own is frozen once a later stage needs one."""
+    staged = config.curriculum is not None and config.curriculum.kind == "staged"
+    return staged and config.objective.name == "dpo"
+
+
 def rank_memory(
     config: Config, parameters: Parameters, workload: Workload, shape: Shape
 ) -> tuple[Memory, ...]:
@@ -65,7 +71,6 @@ def rank_memory(
     moments = 2 * FP32 + (FP32 if config.platform.kind == "cuda" else 0)
     dp = config.parallel.data_parallel_size
     sip = config.run.task == "sip"
-    later = sip and config.curriculum is not None and config.curriculum.kind == "staged"
     stages = []
     for stage, parts in enumerate(parameters.per_rank):
         count = sum(parts.values())
@@ -77,7 +82,7 @@ def rank_memory(
                 gradients=count * FP32,
                 optimizer=-(-count // dp) * moments,
                 start_policy=weights if sip else 0,
-                reference=weights if later and config.objective.name == "dpo" else 0,
+                reference=weights if takes_reference_later(config) else 0,
                 activations=activation_bytes(config, workload, shape, stage=stage),
                 exchange=0,
             )

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_sip.assembly import open_data, sampler_of
 from megatron_sip.config import AskedCriterion, Config, LikelihoodCriterion
 from megatron_sip.data.tokenizer import Tokenizer
-from megatron_sip.judge.criteria import FORMS, Subject
+from megatron_sip.judge.criteria import FORMS, Subject, UnusableReply
 from megatron_sip.judge.prompts import Prompt, load_prompt
 from megatron_sip.judge.text_model import JudgeTokenizer
 from megatron_sip.types import Question
@@ -97,7 +97,8 @@ def measure_lengths(config: Config, tokenizer: Any, sampler: Any) -> Lengths:
         if asker.server not in tokenizers:
             tokenizers[asker.server] = _judge_tokenizer(config, asker.server)
         judge = tokenizers[asker.server]
-        pairs = [_measured(asker, s, tokenizer, judge) for s in samples] if judge else []
+        found = [_measured(asker, s, tokenizer, judge) for s in samples] if judge else []
+        pairs = [pair for pair in found if pair is not None]
         whole, shared = _assumed(asker, config)
         if pairs:
             whole, shared = (sum(column) / len(pairs) for column in zip(*pairs, strict=True))
@@ -155,8 +156,8 @@ def _judge_tokenizer(config: Config, server: str) -> JudgeTokenizer | None:
 
 def _measured(
     asker: _Asker, sample: Any, tokenizer: Any, judge: JudgeTokenizer
-) -> tuple[float, float]:
-    """(prompt, its shared beginning) of one sample, the server's tokens."""
+) -> tuple[float, float] | None:
+    """(prompt, its shared beginning) of one sample, the server's tokens; None if not asked."""
     near = sample.prefix_ids[-(asker.prefix_tokens or len(sample.prefix_ids)) :]
     prefix, suffix = tokenizer.continuation_text(near, sample.suffix_ids)
     if asker.criterion is None:
@@ -165,13 +166,16 @@ def _measured(
         ids = judge.render(asker.prompt.messages, fields=fields, answer=asker.prompt.answer)
         return len(ids), 0.0
     question = Question(asker.criterion.name, 0, 1 if asker.num_candidates > 1 else -1, 0, True)
-    request = FORMS[asker.criterion.form].build(
-        Subject(prefix, suffix, suffix),
-        question=question,
-        criterion=asker.criterion,
-        tokenizer=judge,
-        prompt=asker.prompt,
-    )
+    try:
+        request = FORMS[asker.criterion.form].build(
+            Subject(prefix, suffix, suffix),
+            question=question,
+            criterion=asker.criterion,
+            tokenizer=judge,
+            prompt=asker.prompt,
+        )
+    except UnusableReply:  # nothing to score, such as white space alone
+        return None
     return len(request.body["prompt"]), float(_prefix_tokens(asker, prefix, judge))
 
 

@@ -59,9 +59,8 @@ def _evaluated(name: str) -> Callable[[RunData], Points]:
         steps, values = logged(f"eval/{name}")(run)
         seen = {int(s): v for s, v in zip(steps, values, strict=True) if math.isfinite(v)}
         end = number(section(run.summary or {}, "steps"))
-        if seen:
-            return steps, values
-        for at, suffix in ((0.0, "_start"), (end, "_end")):
+        ends = () if seen else ((0.0, "_start"), (end, "_end"))
+        for at, suffix in ends:
             value = number(run.evaluation.get(key + suffix))
             if at is not None and value is not None:
                 seen[int(at)] = value

@@ -69,6 +69,7 @@ def test_overrides_are_explained_and_files_may_be_missing(tmp_path: Path) -> Non
     [
         (["--json"], "--json prints what --explain finds; add --explain"),
         (["--explain", "--pools", "runs/x/pools"], "give one of them"),
+        (["--explain", "--resume"], "give one of them"),
     ],
 )
 def test_flags_that_contradict_are_refused(arguments: list[str], message: str) -> None:
@@ -100,7 +101,7 @@ def test_finished_run_wrote_and_asked_about_what_was_said(workplace: Any, improv
     mean = sum(line["judge/prompt_tokens"] for line in lines) / asked
     assert judge["prompt_tokens"] / judge["requests"] == pytest.approx(mean, rel=0.25)
     files = {f["path"]: f for f in found["files"]}
-    (folder,) = [p for p in (improved.run_dir / "checkpoints").glob("step_*")]
+    (folder,) = (improved.run_dir / "checkpoints").glob("step_*")
     written = sum(p.stat().st_size for p in folder.iterdir())
     assert files["checkpoints/step_*/"]["bytes_each"] == pytest.approx(written, rel=0.1)
     pools = sum(p.stat().st_size for p in (improved.run_dir / "pools").iterdir()) / len(lines)

@@ -12,7 +12,7 @@ import torch
 
 from megatron_sip.config import Config, Model, Parallel
 from megatron_sip.convert.huggingface import llama_config
-from megatron_sip.explain.files import checkpoint_bytes, pool_bytes, run_files
+from megatron_sip.explain.files import checkpoint_bytes, checkpoints_kept, pool_bytes, run_files
 from megatron_sip.explain.memory import activation_bytes, exchange_bytes, rank_memory
 from megatron_sip.explain.numbers import bytes_text, count_text, flops_text
 from megatron_sip.explain.parameters import count_parameters
@@ -210,8 +210,23 @@ def test_files_are_counted_and_sized() -> None:
     assert pool_bytes(config, work_of(config), lengths) == expected
     files = {f.path: f for f in run_files(config, parameters, work_of(config), lengths)}
     assert files["checkpoints/step_*/"].count == 2  # after 40 and at the end
+    assert files["checkpoints/weights_*/"].bytes_total == 4 * 5_048_576
     assert files["pools/step_*.parquet"].bytes_total == 50 * expected
     assert files["logs/*.log"].bytes_total is None
+
+
+@pytest.mark.parametrize(
+    ("steps", "interval", "keep_last", "keep_every", "kept"),
+    [(50, 20, 2, None, 2), (50, 20, 1, 20, 3), (50, 20, 9, None, 3), (40, 20, 1, 30, 1)],
+)
+def test_kept_checkpoints_are_the_last_and_the_multiples(
+    steps: int, interval: int, keep_last: int, keep_every: int | None, kept: int
+) -> None:
+    overrides = [f"run.steps={steps}", f"checkpoint.interval={interval}"]
+    overrides.append(f"checkpoint.keep_last={keep_last}")
+    if keep_every:
+        overrides.append(f"checkpoint.keep_every={keep_every}")
+    assert checkpoints_kept(recipe("quickstart", *overrides)) == kept
 
 
 def test_numbers_are_short() -> None:
