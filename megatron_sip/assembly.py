@@ -54,13 +54,8 @@ def open_data(config: Config) -> tuple[Tokenizer, dict[str, IndexedDataset]]:
     tokenizer = Tokenizer.load(config.data.tokenizer)
     datasets = {}
     for split in ("train", "validation", "test"):
-        dataset = IndexedDataset(getattr(config.data, split))
-        if dataset.manifest.tokenizer_digest != tokenizer.digest:
-            raise ValueError(
-                f"data.{split} was tokenized with another tokenizer than data.tokenizer "
-                f"{config.data.tokenizer}; run tools/preprocess_data.py with this one"
-            )
-        datasets[split] = dataset
+        datasets[split] = IndexedDataset(getattr(config.data, split))
+        datasets[split].check_tokenizer(tokenizer.digest, path=config.data.tokenizer)
     return tokenizer, datasets
 
 

@@ -20,7 +20,7 @@ from megatron_sip.config import Model
 from megatron_sip.lifetime import children_shielded
 from megatron_sip.model import Policy
 from megatron_sip.parallel import Ranks, broadcast_object
-from megatron_sip.run_dir import atomic_write
+from megatron_sip.publish import atomic_write
 from megatron_sip.types import TrainState
 
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}  # any TP, PP, DP on load

@@ -20,7 +20,7 @@ from typing import Any
 
 import xxhash
 
-from megatron_sip.run_dir import atomic_write
+from megatron_sip.publish import atomic_write
 
 SCHEMA_VERSION = 1
 _STEP = re.compile(r"step_(\d{8})")

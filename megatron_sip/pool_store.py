@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from megatron_sip.run_dir import atomic_write
+from megatron_sip.publish import atomic_write
 from megatron_sip.types import Candidate, CandidatePool, Pick, PoolRewards, SipSample, Verdict
 
 SCHEMA_VERSION = 1

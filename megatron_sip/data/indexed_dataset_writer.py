@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_sip.data.indexed_dataset import megatron
 from megatron_sip.data.manifest import PARTS, Manifest, file_digest, part_path
-from megatron_sip.data.publish import sync, temporary_name
+from megatron_sip.publish import sync, temporary_name
 
 
 class IndexedDatasetWriter:

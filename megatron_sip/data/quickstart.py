@@ -31,7 +31,7 @@ def _present(output: Path, *, total_bytes: int) -> dict[str, Manifest]:
     manifests = {}
     for name in SPLIT.names:
         dataset = IndexedDataset(output / f"sotu_{name}")
-        dataset.check_tokenizer(tokenizer.digest)
+        dataset.check_tokenizer(tokenizer.digest, path=output / "tokenizer.model")
         dataset.verify()
         manifest = manifests[name] = dataset.manifest
         made_of = (sum(s.bytes for s in manifest.sources), manifest.vocab_size)

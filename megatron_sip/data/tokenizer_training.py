@@ -8,7 +8,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_sip.data.publish import atomic_file
+from megatron_sip.publish import atomic_file
 from megatron_sip.data.tokenizer import Tokenizer
 
 _MAX_LINE_CHARS = 100_000  # sentencepiece drops longer lines silently; we cut them instead

@@ -9,7 +9,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from megatron_sip.evaluation.evaluate import PolicyOutput
-from megatron_sip.run_dir import atomic_write
+from megatron_sip.publish import atomic_write
 from megatron_sip.types import Candidate
 
 

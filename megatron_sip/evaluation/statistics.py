@@ -35,14 +35,6 @@ def wins(candidate_scores: ArrayLike, baseline_scores: ArrayLike) -> np.ndarray:
     return (candidate > baseline) + 0.5 * (candidate == baseline)
 
 
-def win_rate(candidate_scores: ArrayLike, baseline_scores: ArrayLike) -> float:
-    """Fraction of prefixes on which the candidate beats the baseline, ties half.
-
-    Args, Raises: as `wins`.
-    """
-    return float(wins(candidate_scores, baseline_scores).mean())
-
-
 def bootstrap_interval(
     values: ArrayLike,
     *,

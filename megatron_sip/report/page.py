@@ -12,9 +12,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
+from megatron_sip.publish import atomic_write
 from megatron_sip.report import curves, results, times, trade
 from megatron_sip.report.read_run import RunData, check_is_run, read_run
-from megatron_sip.run_dir import atomic_write
 
 MAX_POOLS = 200  # in the pool browser, all runs together
 FOLDER = Path(__file__).parent

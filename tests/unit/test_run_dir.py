@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sip.config import Config
+from megatron_sip.publish import atomic_write
 from megatron_sip.recipe import load_config
-from megatron_sip.run_dir import atomic_write, create_run_dir, environment, write_summary
+from megatron_sip.run_dir import create_run_dir, environment, write_summary
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.toml"))
 RECIPE = Path(__file__).parents[2] / "configs" / "quickstart.toml"

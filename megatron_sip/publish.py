@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
 def temporary_name(path: Path) -> Path:
-    """Hidden name in the same folder, which no other process uses; creates the folder."""
+    """Hidden name in the same folder, which no other process or thread uses; creates the folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    return path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
 
 
 def sync(path: Path) -> None:
@@ -34,3 +35,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write `data` so that `path` holds the old bytes or the new ones, also after a power cut."""
+    with atomic_file(path) as temporary:
+        temporary.write_bytes(data)
