@@ -210,6 +210,10 @@ def test_missing_key_is_named_and_all_errors_come_at_once(sip: Path) -> None:
         ([REWRITER], 'curriculum.sources has no "rewrite"; add it or remove'),
         ([TWO_OF_A_NAME], "judge.criteria names must differ"),
         (["rollout.weight_transfer=nccl"], '"nccl" needs platform.kind = "cuda"'),
+        (
+            ["rollout.sync_interval=2", "evaluation.interval=3"],
+            "evaluation.interval 3 must be a multiple of rollout.sync_interval 2",
+        ),
         (["platform.kind=cuda"], '"shared_memory" works on the CPU only; use "nccl"'),
         (['objective.pair_sources=["rewrite"]'], "must be among curriculum.sources"),
     ],
