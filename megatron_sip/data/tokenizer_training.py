@@ -8,8 +8,8 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_sip.publish import atomic_file
 from megatron_sip.data.tokenizer import Tokenizer
+from megatron_sip.publish import atomic_file
 
 _MAX_LINE_CHARS = 100_000  # sentencepiece drops longer lines silently; we cut them instead
 
