@@ -199,9 +199,15 @@ def build_evaluators(
     evaluators = {}
     for split, size in sizes.items():
         sampler = sampler_of(run.config, datasets[split], tokenizer, settings.seed)
+        samples = [sampler[i] for i in range(size)]
+        if run.config.run.task == "sip" and len({s.document_id for s in samples}) < 2:
+            raise ValueError(
+                f"evaluation on data.{split}: its {size} prefixes are of one document, and an "
+                "interval needs two or more; give more documents or more prefixes"
+            )
         evaluators[split] = Evaluator(
             settings=settings,
-            samples=[sampler[i] for i in range(size)],
+            samples=samples,
             tokenizer=tokenizer,
             ranks=run.ranks,
             row_length=run.row_length,

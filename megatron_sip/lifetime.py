@@ -68,7 +68,8 @@ class Stopped(RunFailed):
 class StopRequest:
     """SIGTERM and SIGINT as a wish that the loop grants after its step; a second one ends at once.
 
-    A context: outside of it the signals do what they did before.
+    A context: outside of it the signals do what they did before. One that was ignored, such as
+    SIGINT in a background job, stays so.
     """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -78,7 +79,8 @@ class StopRequest:
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
-        self._before = {s: signal.signal(s, self._ask) for s in self.SIGNALS}
+        heard = [s for s in self.SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+        self._before = {s: signal.signal(s, self._ask) for s in heard}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -76,6 +76,7 @@ def killed(workplace, launch, pretrained):
     recipe = workplace.recipe(
         SIP, "killed", model__init=init, run__steps=5, checkpoint__interval=2,
         checkpoint__keep_last=1, evaluation__interval=2, evaluation__interval_prefixes=4,
+        data__validation=workplace.data()["train"],  # the tiny validation split is one document
     )  # fmt: skip
     run = launch(recipe)
     pools = run.run_dir / "pools"

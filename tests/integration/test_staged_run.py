@@ -1,6 +1,7 @@
 """Verdict forms asked of a real server, the staged curriculum, and a sync now and then."""
 
 import json
+import math
 import re
 
 import numpy as np
@@ -51,13 +52,17 @@ def records(run, step):
 
 
 def test_each_stage_brings_its_sources_and_its_objective(staged):
-    stages = [line["curriculum/stage"] for line in staged.metrics()]
-    assert stages[:2] == [0, 1] and stages[-1] == 2 and sorted(stages) == stages
+    after = [line["curriculum/stage"] for line in staged.metrics()]
+    stages = [0, *after[:-1]]  # a line says the stage of the next step
+    assert stages == [0, 1, 2, 2, 2]
     for step, (stage, line) in enumerate(zip(stages, staged.metrics(), strict=True)):
         sources = [c.source for c in records(staged, step)[0].pool.candidates]
         assert sources.count("rollout") == {0: 0, 1: 1, 2: 3}[stage]
         assert ("objective/dpo" in line) == (stage == 2)
         assert ("objective/nll" in line) == (stage < 2)
+    first_dpo = staged.metrics()[2]  # the reference is taken here, after two steps of learning
+    assert first_dpo["objective/dpo"] == pytest.approx(math.log(2), abs=1e-6)
+    assert first_dpo["objective/margin"] == 0.0
 
 
 def test_verdicts_of_a_real_server_are_probabilities_that_hang_on_the_text(staged):

@@ -263,9 +263,12 @@ def make_judge(folder: Path, *, labels: tuple[str, ...] = ()) -> Path:
             std = 0.3 if len(shape) > 1 else 0.0
             tensors[name] = std * torch.randn(shape, generator=generator) + (len(shape) == 1)
     if labels:
-        tensors["model.embed_tokens.weight"][:, 0] = 4.0  # every hidden state points this way
+        tensors["model.embed_tokens.weight"][:, 0] = 20.0  # every hidden state points this way
+        for name, tensor in tensors.items():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                tensor[0] = 0.0  # and no layer turns it
         for label in labels:
-            tensors["lm_head.weight"][tokenizer.token_to_id(label), 0] = 4.0
+            tensors["lm_head.weight"][tokenizer.token_to_id(label), 0] = 30.0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     description = llama_config(
         model, vocab_size=size, eos_token_id=tokenizer.token_to_id("<|im_end|>"),

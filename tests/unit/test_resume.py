@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -168,7 +169,15 @@ def test_a_damaged_checkpoint_is_named(checkpoints: Path, damage, said: str) -> 
         checkpoint_files.verify(folder, {"layers": 2})
 
 
-def test_the_first_signal_is_a_wish_and_the_second_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """SIGINT as at a terminal, whatever started the tests."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_signal_is_a_wish_and_the_second_ends(heard: None) -> None:
     before = signal.getsignal(signal.SIGINT)
     with StopRequest() as request:
         assert request.signum == 0
@@ -177,6 +186,13 @@ def test_the_first_signal_is_a_wish_and_the_second_ends(monkeypatch: pytest.Monk
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_that_was_ignored_stays_ignored(heard: None) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with StopRequest() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.signum == 0
 
 
 def test_a_signal_during_a_save_reaches_this_process_and_no_child() -> None:
