@@ -115,7 +115,10 @@ def test_a_resumed_run_equals_one_that_was_given_the_same_pools(
 ):
     run, _, _ = killed
     init = {"kind": "megatron", "path": str(pretrained.run_dir)}
-    recipe = workplace.recipe(SIP, "same-pools", model__init=init, run__steps=5)
+    train = workplace.data()["train"]
+    recipe = workplace.recipe(
+        SIP, "same-pools", model__init=init, run__steps=5, data__validation=train
+    )
     given = launch(recipe, "--pools", str(run.run_dir / "pools")).wait()
     assert given.process.returncode == 0, given.stderr()
     assert last_checkpoint(run) == last_checkpoint(given)
