@@ -6,6 +6,7 @@ import ctypes
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -14,6 +15,7 @@ from typing import Any
 from megatron_sip.errors import RunFailed
 
 PR_SET_PDEATHSIG = 1
+PATIENCE_S = 15.0  # for the step under way; torchrun itself kills 30 s after SIGTERM
 
 
 def die_with_parent() -> bool:
@@ -65,6 +67,16 @@ class Stopped(RunFailed):
         )
 
 
+def _leave(signum: int) -> None:
+    print(
+        f"error: {signal.Signals(signum).name} came, and the step did not end within "
+        f"{PATIENCE_S:.0f} s (torchrun sends SIGTERM also when another rank or a server died); "
+        "ended without saving, the last checkpoint stands",
+        file=sys.stderr, flush=True,
+    )  # fmt: skip
+    os._exit(128 + signum)
+
+
 class StopRequest:
     """SIGTERM and SIGINT as a wish that the loop grants after its step; a second one ends at once.
 
@@ -77,6 +89,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.signum = 0  # 0: not asked
         self._before: dict[int, Any] = {}
+        self._patience: threading.Timer | None = None
 
     def __enter__(self) -> StopRequest:
         heard = [s for s in self.SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
@@ -84,11 +97,20 @@ class StopRequest:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.granted()
         self._restore()
+
+    def granted(self) -> None:
+        """The step is done and the run is about to save; there is no hurry any more."""
+        if self._patience is not None:
+            self._patience.cancel()
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
         self._restore()
+        self._patience = threading.Timer(PATIENCE_S, _leave, [signum])
+        self._patience.daemon = True
+        self._patience.start()
 
     def _restore(self) -> None:
         for signum, handler in self._before.items():
