@@ -86,7 +86,7 @@ def _write(
     from megatron.core import dist_checkpointing
 
     if ranks.is_main:
-        if folder.exists() and not files.is_complete(folder):
+        if folder.exists():  # half-written, or later than the checkpoint that was resumed
             shutil.rmtree(folder)
         folder.mkdir(parents=True)
     dist.barrier()

@@ -124,11 +124,12 @@ def train_steps(
         while run.state.step < config.run.steps:
             begun = time.perf_counter()
             metrics = run_step(run)
-            metrics |= evaluate_now_and_then(run, evaluators, starts)
             signum = int(parallel.maximum(request.signum, run.platform))
             last = run.state.step == config.run.steps
             if signum:
                 request.granted()
+            else:
+                metrics |= evaluate_now_and_then(run, evaluators, starts)
             if last or signum or run.state.step % config.checkpoint.interval == 0:
                 save(run)
             metrics |= run.timer.take() | {"time/step_s": time.perf_counter() - begun}

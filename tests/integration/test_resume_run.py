@@ -1,6 +1,7 @@
 """Stopped, killed and resumed: the same weights, bit for bit, and nothing asked for twice."""
 
 import json
+import shutil
 import signal
 import time
 
@@ -126,6 +127,20 @@ def test_a_resumed_run_equals_one_that_was_given_the_same_pools(
         assert found == expected
     names = {p.name for p in (run.run_dir / "checkpoints").iterdir()}
     assert names == {"latest", "step_00000005", "weights_00000000"}  # keep_last = 1
+
+
+def test_a_run_can_go_back_to_an_older_checkpoint_and_save_over_the_newer(
+    workplace, launch, straight
+):
+    recipe = workplace.recipe(NTP, "back", run__steps=STEPS, checkpoint__interval=INTERVAL)
+    folder = recipe.with_suffix("")
+    shutil.copytree(straight.run_dir, folder)
+    (folder / "summary.json").unlink()
+    (folder / "checkpoints" / "latest").write_text(f"step_{STEPS - INTERVAL:08d}")
+    run = launch(recipe, "--resume").wait()
+    assert run.process.returncode == 0, run.stderr()
+    assert last_checkpoint(run) == last_checkpoint(straight)
+    assert learned(run) == learned(straight)
 
 
 def refusal(run):
