@@ -7,12 +7,17 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
+import time
 from pathlib import Path
 
+from megatron_sip import preflight
 from megatron_sip.errors import RunFailed
 from megatron_sip.lifetime import Stopped, die_with_parent
 from megatron_sip.recipe import load_config
+
+PATIENCE_S = 10
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -49,27 +54,44 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
+def is_first_of_node() -> bool:
+    """One rank of each node checks what all of them would find, and says it."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def main() -> int:
     arguments = parse_arguments()
     try:
         config = load_config(arguments.config, tuple(arguments.overrides))
+        if not arguments.explain and is_first_of_node():
+            preflight.check(config, pools_dir=arguments.pools, resume=arguments.resume)
+    except ValueError as error:
+        if not is_first_of_node():
+            time.sleep(PATIENCE_S)  # torchrun ends this rank when the first one has said why
+        return failed(error)
+    try:
         if arguments.explain:
             from megatron_sip.explain.text import print_explanation
 
             print_explanation(config, as_json=arguments.json)
             return 0
-        from megatron_sip.train import train  # torch and Megatron-Core, once the recipe is right
+        from megatron_sip.train import train  # torch and Megatron-Core, once all of that is right
 
         train(config, pools_dir=arguments.pools, resume=arguments.resume)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         return 128 + stopped.signum
     except (ValueError, RunFailed) as error:
-        if logging.getLogger().handlers:  # the run directory's log is open
-            logging.getLogger("megatron_sip").exception("the run failed")
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return failed(error)
     return 0
+
+
+def failed(error: Exception) -> int:
+    """Say why, in the run's log too if it is open; the exit status."""
+    if logging.getLogger().handlers:
+        logging.getLogger("megatron_sip").exception("the run failed")
+    print(f"error: {error}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from megatron_sip import checkpoint, curriculum, parallel, services
+from megatron_sip import checkpoint, checkpoint_files, curriculum, parallel, services
 from megatron_sip.config import Config
 from megatron_sip.data.indexed_dataset import IndexedDataset
 from megatron_sip.data.sampler import PrefixSuffixSampler
@@ -105,7 +105,7 @@ def build_run(
     resume: bool,
 ) -> Run:
     """Everything of this rank but servers."""
-    identity = checkpoint.model_identity(
+    identity = checkpoint_files.model_identity(
         config.model, vocab_size=tokenizer.vocab_size, tokenizer_digest=tokenizer.digest
     )
     policy = build_policy(config, platform, ranks, tokenizer, identity, resume=resume)

@@ -16,7 +16,6 @@ from typing import Any
 import torch.distributed as dist
 
 from megatron_sip import checkpoint_files as files
-from megatron_sip.config import Model
 from megatron_sip.lifetime import children_shielded
 from megatron_sip.model import Policy
 from megatron_sip.parallel import Ranks, broadcast_object
@@ -24,16 +23,6 @@ from megatron_sip.publish import atomic_write
 from megatron_sip.types import TrainState
 
 SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}  # any TP, PP, DP on load
-SHAPE_FIELDS = (
-    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
-    "rotary_base", "norm_epsilon", "share_embeddings_and_output_weights",
-)  # fmt: skip
-
-
-def model_identity(model: Model, *, vocab_size: int, tokenizer_digest: str) -> dict[str, Any]:
-    """What two runs must share for one to load the other's weights."""
-    fields = {name: getattr(model, name) for name in SHAPE_FIELDS}
-    return fields | {"vocab_size": vocab_size, "tokenizer": tokenizer_digest}
 
 
 def save(

@@ -20,10 +20,21 @@ from typing import Any
 
 import xxhash
 
+from megatron_sip.config import Model
 from megatron_sip.publish import atomic_write
 
 SCHEMA_VERSION = 1
 _STEP = re.compile(r"step_(\d{8})")
+SHAPE_FIELDS = (
+    "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
+    "rotary_base", "norm_epsilon", "share_embeddings_and_output_weights",
+)  # fmt: skip
+
+
+def model_identity(model: Model, *, vocab_size: int, tokenizer_digest: str) -> dict[str, Any]:
+    """What two runs must share for one to load the other's weights."""
+    fields = {name: getattr(model, name) for name in SHAPE_FIELDS}
+    return fields | {"vocab_size": vocab_size, "tokenizer": tokenizer_digest}
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -68,10 +79,10 @@ def find(path: Path, *, key: str = "checkpoint") -> Path:
     )
 
 
-def verify(folder: Path, identity: dict[str, Any]) -> None:
-    """Check a checkpoint against its manifest and this run's model.
+def check_identity(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Whether a checkpoint is of this run's model and tokenizer; its manifest.
 
-    Raises: ValueError naming the file or field that differs.
+    Raises: ValueError if the manifest is unreadable, or naming the field that differs.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -91,6 +102,15 @@ def verify(folder: Path, identity: dict[str, Any]) -> None:
             raise ValueError(
                 f"{folder} was made with {field} = {found}, this recipe has {wanted}; use the same"
             )
+    return manifest
+
+
+def verify(folder: Path, identity: dict[str, Any]) -> None:
+    """Check a checkpoint, every byte of it, against its manifest and this run's model.
+
+    Raises: ValueError naming the file or field that differs.
+    """
+    manifest = check_identity(folder, identity)
     present = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()}
     odd = present ^ {*manifest["files"], "manifest.json"}
     if odd:

@@ -374,7 +374,7 @@ class Config(Section):
     def _consistent(self) -> Config:
         problems = broken_rules(self)
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n  ".join(problems))
         return self
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
     from megatron_sip.config import Config
 
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # vLLM 0.32
 
 
@@ -101,6 +103,7 @@ def _sip_rules(c: Config) -> list[tuple[bool, str]]:
         (c.rollout.weight_transfer != "shared_memory" or c.platform.kind == "cpu",
          'rollout.weight_transfer = "shared_memory" works on the CPU only; use "nccl"'),
     ]  # fmt: skip
+    rules += _server_rules(c)
     served = c.servers.get(c.rollout.server)
     if served is not None and served.kind == "start":
         head = c.model.hidden_size // c.model.num_attention_heads
@@ -119,4 +122,36 @@ def _sip_rules(c: Config) -> list[tuple[bool, str]]:
             (set(c.objective.pair_sources) <= sources,
              f"objective.pair_sources {c.objective.pair_sources} must be among "
              f"curriculum.sources {c.curriculum.sources}"))  # fmt: skip
+    return rules
+
+
+def _server_rules(c: Config) -> list[tuple[bool, str]]:
+    """What each server may be: where it runs, what it serves, who may reach it."""
+    assert c.rollout
+    rules: list[tuple[bool, str]] = []
+    taken: dict[int, str] = {}
+    for name, server in c.servers.items():
+        if server.kind == "connect":
+            host = urlsplit(server.url).hostname or ""
+            rules.append(
+                (bool(server.api_key_env) or host in LOOPBACK,
+                 f"servers.{name}.url: host {host!r} is not this machine, and no key guards it: "
+                 "name the environment variable of its key in api_key_env"))  # fmt: skip
+            continue
+        rules += [
+            ((server.model == "policy") == (name == c.rollout.server),
+             f'servers.{name}.model is "{server.model}", rollout.server is "{c.rollout.server}": '
+             'that server, and no other, serves "policy"'),
+            (c.platform.kind == "cuda" or not server.gpus,
+             f'servers.{name}.gpus is {list(server.gpus)}, but platform.kind is "cpu"; remove it'),
+            (c.platform.kind == "cpu" or bool(server.gpus),
+             f'servers.{name}.gpus is empty, but platform.kind is "cuda"; list its devices'),
+        ]  # fmt: skip
+        rules += [
+            (gpu not in taken,
+             f"servers.{name}.gpus and servers.{taken.get(gpu)}.gpus both hold {gpu}; "
+             "a GPU serves one of them")
+            for gpu in server.gpus
+        ]  # fmt: skip
+        taken |= dict.fromkeys(server.gpus, name)
     return rules

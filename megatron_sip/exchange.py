@@ -86,7 +86,8 @@ class WeightExchange:
                 raise WeightExchangeFailed(
                     f"after a weight exchange the rollout server's log-probs differ from the "
                     f"trainer's by {gap.mean():.3g} nats a token on average (largest "
-                    f"{gap.max():.3g}); rollout.max_logprob_mismatch is {self.limit:.3g}"
+                    f"{gap.max():.3g}); rollout.max_logprob_mismatch is {self.limit:.3g}; "
+                    "compare dtype and attention backend of both, or raise the limit"
                 )
         self.verified = True
         dist.barrier()

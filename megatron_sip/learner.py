@@ -108,7 +108,7 @@ class Learner:
         if math.isinf(maximum(abs(loss) + norm, self.platform)):
             raise StepStopped(
                 f"loss or gradients are not finite (this rank: loss {loss}, gradient norm {norm}); "
-                "no weight was changed"
+                "no weight was changed; lower optimizer.lr, or look at what this step learned from"
             )
         mismatch = maximum(float(np.abs(gaps).mean()) if len(gaps) else 0.0, self.platform)
         if mismatch > self.max_logprob_mismatch:

@@ -8,7 +8,6 @@ finished rows to the rest of its replica.
 from __future__ import annotations
 
 import datetime
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -56,23 +55,9 @@ class Ranks:
 
 
 def initialize(settings: Parallel, platform: Platform, *, seed: int) -> Ranks:
-    """Join the process groups of this run.
-
-    Raises: ValueError if torchrun started another number of ranks than the recipe names.
-    """
+    """Join the process groups of this run; torchrun must have started as many ranks."""
     from megatron.core import parallel_state, tensor_parallel
 
-    if "RANK" not in os.environ:
-        raise ValueError(
-            "RANK is not set: start with torchrun --nproc-per-node "
-            f"{settings.world_size} pretrain_sip.py ..."
-        )
-    started = int(os.environ["WORLD_SIZE"])
-    if started != settings.world_size:
-        raise ValueError(
-            f"torchrun started {started} ranks, but parallel.world_size is "
-            f"{settings.world_size}; make them equal (--nproc-per-node, or --set)"
-        )
     dist.init_process_group(platform.backend, timeout=COLLECTIVE_TIMEOUT)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=settings.tensor_model_parallel_size,

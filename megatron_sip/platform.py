@@ -140,4 +140,11 @@ def cuda(settings: PlatformConfig) -> Platform:
     return Platform("cuda", "nccl", torch.device("cuda", local_rank), torch.bfloat16, settings.fp8)
 
 
+def device_memory_bytes() -> int | None:
+    """Memory of this rank's GPU; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(int(os.environ.get("LOCAL_RANK", "0"))).total_memory
+
+
 PLATFORMS = {"cpu": cpu, "cuda": cuda}

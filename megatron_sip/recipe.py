@@ -40,6 +40,10 @@ def _explain(error: dict[str, Any]) -> str:
         return f"{key}: unknown key; {_remedy(location)}"
     if error["type"] == "missing":
         return f"{key}: required and missing"
+    if error["type"] == "union_tag_invalid":
+        context = error["ctx"]
+        tag = context["discriminator"].strip("'")
+        return f"{key}.{tag} is {context['tag']!r}, must be one of {context['expected_tags']}"
     if error["type"] == "value_error":
         return error["msg"].removeprefix("Value error, ")
     return f"{key} is {error['input']!r}: {error['msg']}"
@@ -70,7 +74,7 @@ def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     try:
         tree = tomllib.loads(path.read_text())
     except FileNotFoundError:
-        raise ValueError(f"--config {path}: no such file") from None
+        raise ValueError(f"--config {path}: no such file; the recipes are in configs/") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: not valid TOML: {error}") from None
     for override in overrides:

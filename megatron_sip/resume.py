@@ -1,4 +1,4 @@
-"""Going on with a run that was stopped or killed: what must be the same, and what is put back.
+"""Going on with a run that was stopped or killed: what is put back.
 
 The steps after the checkpoint whose pools are committed are learned again from those pools, so
 that nothing is asked or paid for twice; from there the run is live.
@@ -10,78 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sip import checkpoint, checkpoint_files
-from megatron_sip.config import Config
 from megatron_sip.model import frozen_copy
 from megatron_sip.parallel import broadcast_object
 from megatron_sip.pool_store import num_committed
-from megatron_sip.recipe import load_config
 from megatron_sip.step import Run
-
-FREE = (
-    "run.dir", "platform", "parallel", "servers", "checkpoint", "model.init",
-    "data.tokenizer", "data.train", "data.validation", "data.test",  # checked by their digests
-    "data.micro_batch_size", "evaluation.bootstrap",
-    "rollout.concurrency", "rollout.timeout_s", "rollout.weight_transfer", "rollout.bucket_mib",
-    "rollout.max_logprob_mismatch",
-    "judge.cache_dir", "judge.concurrency", "judge.timeout_s", "judge.max_missing_rate",
-    "rewriter.concurrency", "rewriter.timeout_s",
-)  # fmt: skip
-
-
-def check_recipe(config: Config) -> None:
-    """Whether the run in `run.dir` can go on with this recipe.
-
-    Raises: ValueError if there is no run or no checkpoint, or naming each key that may not change.
-    """
-    folder = Path(config.run.dir)
-    saved = folder / "config.toml"
-    if not saved.is_file():
-        raise ValueError(
-            f"--resume: run.dir {folder} holds no run (config.toml); start it without --resume"
-        )
-    if not (folder / "checkpoints" / "latest").is_file():
-        raise ValueError(
-            f"--resume: {folder} has no checkpoint yet; remove the folder and start without "
-            "--resume"
-        )
-    if (folder / "summary.json").is_file():
-        raise ValueError(
-            f"--resume: {folder} is finished (summary.json); to go further start a new run from "
-            "its checkpoint (model.init)"
-        )
-    was, now = (
-        _flat(load_config(saved).model_dump(mode="json")),
-        _flat(config.model_dump(mode="json")),
-    )
-    changed = [
-        f"{key} was {was.get(key)!r}, is {now.get(key)!r}"
-        for key in sorted(was.keys() | now.keys())
-        if was.get(key) != now.get(key) and not _is_free(key)
-    ]
-    if changed:
-        raise ValueError(
-            f"--resume: {saved} differs in what must stay: " + "; ".join(changed)
-            + "; set it back, or start a new run from this one's checkpoint (model.init)"
-        )  # fmt: skip
-
-
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(free + ".") for free in FREE)
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"section.key": value}; an absent section and one of None are the same."""
-    pairs: Any = ()
-    if isinstance(tree, dict):
-        pairs = tree.items()
-    elif isinstance(tree, (list, tuple)):
-        pairs = enumerate(tree)
-    elif tree is not None:
-        return {prefix: tree}
-    found = {}
-    for key, value in pairs:
-        found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return found
 
 
 def restore(run: Run) -> None:

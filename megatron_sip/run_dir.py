@@ -32,23 +32,27 @@ def create_run_dir(path: Path, config: Config) -> None:
     One rank calls it, before any rank opens a log. The recipe is saved with all defaults and
     loads back equal; keys themselves are never in it, only the names of their variables.
 
-    Raises: ValueError if `path` is a file or a folder that is not empty, or if a server's URL
-            carries a password. Nothing is written then.
+    Raises: ValueError as `check_run_dir` and `refuse_secrets`. Nothing is written then.
     """
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"run.dir {path} is a file; it must be absent or an empty folder")
-    if path.is_dir() and (entries := sorted(p.name for p in path.iterdir())):
-        shown = ", ".join(entries[:3]) + (", ..." if len(entries) > 3 else "")
-        raise ValueError(
-            f"run.dir {path} holds {len(entries)} entries ({shown}); it must be absent or empty: "
-            "name another folder (--set run.dir=...) or remove it"
-        )
+    check_run_dir(path)
     refuse_secrets(config)
     for name in ("pools", "checkpoints", "logs"):
         (path / name).mkdir(parents=True)
     recipe = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
     atomic_write(path / "config.toml", recipe.encode())
     atomic_write(path / "environment.json", _to_json(environment()))
+
+
+def check_run_dir(path: Path) -> None:
+    """Raises: ValueError if a new run's `path` is a file, or a folder that is not empty."""
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"run.dir {path} is a file; it must be absent or an empty folder")
+    if path.is_dir() and (entries := sorted(p.name for p in path.iterdir())):
+        shown = ", ".join(entries[:3]) + (", ..." if len(entries) > 3 else "")
+        raise ValueError(
+            f"run.dir {path} holds {len(entries)} entries ({shown}); it must be absent or empty: "
+            "name another folder (--set run.dir=...), go on with that run (--resume), or remove it"
+        )
 
 
 def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:

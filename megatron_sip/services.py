@@ -43,30 +43,6 @@ class Services:
     rewriter: Rewriter | None
 
 
-def check_models(config: Config) -> None:
-    """Before anything is started: model folders exist and hold no code.
-
-    Raises: ValueError naming server, folder and remedy.
-    """
-    for name, server in config.servers.items():
-        folder = server.tokenizer if isinstance(server, ConnectServer) else server.model
-        if folder == "policy":
-            continue
-        folder = Path(folder)
-        if not (folder / "tokenizer.json").is_file():
-            raise ValueError(
-                f"servers.{name}: {folder} has no tokenizer.json; for the quickstart's judge run "
-                "tools/convert_checkpoint.py gguf-to-hf (make quickstart does)"
-            )
-        code = sorted(p.name for p in folder.rglob("*.py"))
-        auto_map = "auto_map" in json.loads((folder / "config.json").read_text())
-        if code or auto_map:
-            raise ValueError(
-                f"servers.{name}: {folder} brings code ({code or 'auto_map in config.json'}); "
-                "model folders with code are refused, remove it"
-            )
-
-
 def start_fleet(
     config: Config, platform: Platform, *, tokenizer: Tokenizer, stack: ExitStack
 ) -> Fleet:

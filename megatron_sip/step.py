@@ -15,7 +15,7 @@ from megatron_sip.config import Config
 from megatron_sip.console import StepConsole
 from megatron_sip.exchange import WeightExchange
 from megatron_sip.experience import Experience, pool_means
-from megatron_sip.learner import Learner, Means, needs_reference
+from megatron_sip.learner import Learner, Means, StepStopped, needs_reference
 from megatron_sip.metrics import PhaseTimer, reduce_means
 from megatron_sip.model import frozen_copy
 from megatron_sip.parallel import Ranks, broadcast_rows, gather_objects, shard
@@ -132,14 +132,17 @@ def share_rows(run: Run, records: list[PoolRecord]) -> list[TrainRows]:
 def learn(run: Run, plan: Plan, batches: list[TrainRows]) -> tuple[Means, np.ndarray]:
     """Reference pass, forward, backward, checks, optimizer step."""
     settings = curriculum.settings_of(run.config, plan)
-    with run.timer("train"):
-        return run.learner.learn(
-            batches,
-            settings,
-            reference=run.reference,
-            version=run.state.policy_version,
-            fresh_reference=run.fresh_reference,
-        )
+    try:
+        with run.timer("train"):
+            return run.learner.learn(
+                batches,
+                settings,
+                reference=run.reference,
+                version=run.state.policy_version,
+                fresh_reference=run.fresh_reference,
+            )
+    except StepStopped as stopped:
+        raise StepStopped(f"step {run.state.step + 1}: {stopped}") from None
 
 
 def advance(run: Run, means: Means, learned: Means) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,20 +11,22 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_sip import checkpoint, parallel, services
+from megatron_sip import checkpoint, parallel
 from megatron_sip.assembly import build_run, connect_servers, open_data
 from megatron_sip.checkpoint_files import prune
 from megatron_sip.config import Config
 from megatron_sip.console import Console, SilentConsole, setup_logging
+from megatron_sip.errors import refuse
 from megatron_sip.evaluation.evaluate import Evaluator, PolicyOutput, as_metrics, compare
 from megatron_sip.evaluation.saved import load_output, save_output, start_file
+from megatron_sip.explain.plan import explain
 from megatron_sip.lifetime import Stopped, StopRequest, die_with_parent
 from megatron_sip.metrics import MetricLogger
 from megatron_sip.model import frozen_copy
 from megatron_sip.parallel import Ranks
 from megatron_sip.platform import PLATFORMS
 from megatron_sip.report import write_report
-from megatron_sip.resume import check_recipe, restore
+from megatron_sip.resume import restore
 from megatron_sip.run_dir import create_run_dir, write_summary
 from megatron_sip.step import Run, run_step
 
@@ -35,16 +38,14 @@ def train(config: Config, *, pools_dir: Path | None = None, resume: bool = False
 
     Args:   pools_dir: pools/ of another run to learn from instead of asking servers.
             resume: go on with the run in run.dir.
-    Raises: ValueError for what is wrong with recipe, data or checkpoint, before servers start;
+    Raises: ValueError for what is wrong and `preflight` could not see, before servers start;
             Stopped once SIGTERM or SIGINT was obeyed.
     """
     started = time.time()
     die_with_parent()
+    if int(os.environ.get("RANK", "0")) == 0:
+        refuse_unfit(config, replay=pools_dir is not None)
     tokenizer, datasets = open_data(config)
-    if resume:
-        check_recipe(config)
-    if config.run.task == "sip" and pools_dir is None:
-        services.check_models(config)
     platform = PLATFORMS[config.platform.kind](config.platform)
     ranks = parallel.initialize(config.parallel, platform, seed=config.run.seed)
     if not resume:
@@ -62,6 +63,11 @@ def train(config: Config, *, pools_dir: Path | None = None, resume: bool = False
         starts = begin(run, evaluators, resume)
         train_steps(run, evaluators, starts, stack)
         finish(run, evaluators, starts, started)
+
+
+def refuse_unfit(config: Config, *, replay: bool) -> None:
+    """Raises: ValueError if documents, requests or the run itself do not fit where they go."""
+    refuse(explain(config, servers_start=not replay).unfit)
 
 
 def prepare_run_dir(config: Config, ranks: Ranks) -> None:

@@ -11,20 +11,20 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_sip import checkpoint_files, services
+from megatron_sip import preflight
 from megatron_sip.config import Config
 from megatron_sip.explain.files import Files, run_files
 from megatron_sip.explain.memory import Memory, rank_memory
 from megatron_sip.explain.parameters import Parameters, count_parameters
 from megatron_sip.explain.ranks import RankPlace, all_ranks
 from megatron_sip.explain.roles import Role, roles_of
+from megatron_sip.explain.room import lacks_room, this_machine
 from megatron_sip.explain.samples import Data, Lengths, measure_lengths, open_files
 from megatron_sip.explain.servers import ServerPlan, server_plans
 from megatron_sip.explain.shapes import policy_shape
 from megatron_sip.explain.speed import Bottleneck, bottleneck
 from megatron_sip.explain.workload import Workload, plans, workload
 from megatron_sip.platform import Platform
-from megatron_sip.run_dir import refuse_secrets
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,10 @@ class Explanation:
     """  # fmt: skip
 
     config: Config
-    obstacles: tuple[str, ...]
-    """What would stop the run as things are."""
+    missing: tuple[str, ...]
+    """What is wrong with the files and folders that the recipe names."""
+    unfit: tuple[str, ...]
+    """What does not fit: documents the cut, requests their server, the run this machine."""
     data: Data
     lengths: Lengths
     ranks: tuple[RankPlace, ...]
@@ -53,14 +55,20 @@ class Explanation:
     steps: tuple[Step, ...]
     files: tuple[Files, ...]
 
+    @property
+    def obstacles(self) -> tuple[str, ...]:
+        """All that would stop the run before its first step, as things are here."""
+        return self.missing + self.unfit
 
-def explain(config: Config) -> Explanation:
+
+def explain(config: Config, *, servers_start: bool = True) -> Explanation:
     """Explain a valid recipe.
 
+    Args:   servers_start: False for a replay of recorded pools.
     Raises: ValueError if the recipe cannot run anywhere: a server's settings contradict the
-            platform, its URL carries a password, or a prompt does not exist.
+            platform, or a prompt does not exist.
     """
-    refuse_secrets(config)
+    missing = preflight.problems(config)
     data, tokenizer, sampler = open_files(config)
     lengths = measure_lengths(config, tokenizer, sampler)
     policy = policy_shape(config.model, vocab_size=data.vocab_size)
@@ -75,17 +83,24 @@ def explain(config: Config) -> Explanation:
         steps.append(Step(work, roles, bottleneck(config, roles, servers)))
     most_rows = max((s.work for s in steps), key=lambda w: w.rows)
     largest_pool = max((s.work for s in steps), key=lambda w: w.candidates)
+    memory = rank_memory(config, parameters, most_rows, policy)
+    files = run_files(config, parameters, largest_pool, lengths)
+    local = servers if servers_start else ()
+    unfit = [data.missing] if data.missing and not missing else []
+    unfit += too_long(config, steps[-1].roles) if servers_start else ()
+    unfit += lacks_room(config, this_machine(config), memory=memory, servers=local, files=files)
     return Explanation(
         config=config,
-        obstacles=what_is_missing(config, data) + too_long(config, steps[-1].roles),
+        missing=missing,
+        unfit=tuple(unfit),
         data=data,
         lengths=lengths,
         ranks=all_ranks(config),
         parameters=parameters,
-        memory=rank_memory(config, parameters, most_rows, policy),
+        memory=memory,
         servers=servers,
         steps=tuple(steps),
-        files=run_files(config, parameters, largest_pool, lengths),
+        files=files,
     )
 
 
@@ -94,30 +109,6 @@ def describe_platform(config: Config) -> Platform:
     if config.platform.kind == "cpu":
         return Platform("cpu", "gloo", torch.device("cpu"), torch.float32, None)
     return Platform("cuda", "nccl", torch.device("cuda"), torch.bfloat16, config.platform.fp8)
-
-
-def what_is_missing(config: Config, data: Data) -> tuple[str, ...]:
-    """Each reason for which the run would stop before its first step, as far as files tell."""
-    tp = config.parallel.tensor_model_parallel_size
-    found = [data.missing] if data.missing else []
-    if not data.vocab_size_assumed and data.vocab_size % tp:
-        found.append(
-            f"tokenizer has {data.vocab_size} pieces, which "
-            f"parallel.tensor_model_parallel_size {tp} does not divide"
-        )
-    path = config.run.dir
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        found.append(f"run.dir {path} must be absent or empty")
-    try:
-        services.check_models(config)
-    except (OSError, ValueError) as error:
-        found.append(str(error))
-    if config.model.init.kind == "megatron":
-        try:
-            checkpoint_files.find(config.model.init.path, key="model.init.path")
-        except ValueError as error:
-            found.append(str(error))
-    return tuple(found)
 
 
 def too_long(config: Config, roles: Sequence[Role]) -> tuple[str, ...]:
@@ -131,6 +122,7 @@ def too_long(config: Config, roles: Sequence[Role]) -> tuple[str, ...]:
         if needed > server.max_model_len:
             found.append(
                 f"{role.name}: a request has about {needed:,.0f} tokens, more than "
-                f"servers.{role.place}.max_model_len {server.max_model_len}"
+                f"servers.{role.place}.max_model_len {server.max_model_len}; raise it, or lower "
+                "the prefix_tokens of who asks"
             )
     return tuple(found)

@@ -34,10 +34,10 @@ def print_explanation(config: Config, *, as_json: bool) -> None:
 
 def print_json(found: Explanation, file: TextIO | None = None) -> None:
     """One JSON object: the resolved recipe as "config", and all fields of the explanation."""
-    parts = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
-    config = parts.pop("config").model_dump(mode="json", exclude_none=True)
+    parts = _plain(found)
+    config = found.config.model_dump(mode="json", exclude_none=True)
     print(
-        json.dumps({"config": config} | parts, default=_plain, indent=1, allow_nan=False), file=file
+        json.dumps(parts | {"config": config}, default=_plain, indent=1, allow_nan=False), file=file
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import signal
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -15,6 +16,7 @@ from megatron_sip.errors import RunFailed
 
 PROBE_TIMEOUT_S = 2.0
 LOG_TAIL_LINES = 30
+EXCEPTION = re.compile(r"^(?:.*\] )?((?:\w+\.)*\w+(?:Error|Exception): .*)$", re.MULTILINE)
 NOISE = ("nanobind: ", " - leaked ", " - ... skipped remainder")
 
 
@@ -36,7 +38,10 @@ class ServerFailed(RunFailed):
         if command:
             parts.append(f"command: {' '.join(command)}")
         if log_path:
-            parts.append(f"last lines of {log_path}:\n{log_tail(log_path)}")
+            tail, first = log_tail(log_path), first_error(log_path)
+            if first not in tail:  # vLLM ends with "see root cause above"
+                parts.append(f"first error in its log: {first}")
+            parts.append(f"last lines of {log_path}:\n{tail}")
         super().__init__("\n".join(parts))
 
 
@@ -55,6 +60,15 @@ def log_tail(path: Path, *, lines: int = LOG_TAIL_LINES) -> str:
         file.seek(max(0, path.stat().st_size - 65536))
         read = file.read().decode(errors="replace").splitlines()
     return "\n".join([line for line in read if not line.startswith(NOISE)][-lines:])
+
+
+def first_error(path: Path) -> str:
+    """First line of a log file's first MiB that names a Python exception, "" if none does."""
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        found = EXCEPTION.search(file.read(2**20).decode(errors="replace"))
+    return found[1] if found else ""
 
 
 def exit_reason(code: int) -> str:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from workers import Context
 
-from megatron_sip import checkpoint
+from megatron_sip import checkpoint, checkpoint_files
 from megatron_sip.config import Model, Optimizer
 from megatron_sip.forward import token_logprobs
 from megatron_sip.learner import Learner, StepStopped, needs_reference
@@ -218,7 +218,7 @@ def received_rows(ctx: Context, case_name: str) -> dict[str, Any]:
 
 
 def identity_of(model: Model) -> dict[str, Any]:
-    return checkpoint.model_identity(
+    return checkpoint_files.model_identity(
         model, vocab_size=cases.VOCAB, tokenizer_digest=IDENTITY_TOKENIZER
     )
 

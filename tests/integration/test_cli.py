@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 
 import numpy as np
 import pytest
@@ -135,65 +134,3 @@ def test_the_same_replay_twice_is_bit_identical(replay):
             k: v for k, v in b.items() if is_learned(k)
         }
     assert first[-1]["loss"] != first[0]["loss"]
-
-
-def refusal(run):
-    """The error of a run that must end soon, without a server; torchrun may add its own lines."""
-    run.wait(120)
-    assert run.process.returncode != 0
-    assert not list(run.run_dir.glob("logs/*.log")) and not run.left()
-    lines = set(run.errors())
-    assert len(lines) == 1, run.stderr()
-    return lines.pop()
-
-
-def test_an_unknown_key_is_refused_on_every_rank_with_the_nearest_one(workplace, launch):
-    run = launch(workplace.recipe(NTP, "unknown"), "--set", "optimizer.learning_rate=1")
-    run.wait(120)
-    assert run.process.returncode != 0 and not run.run_dir.exists()
-    assert "optimizer.learning_rate: unknown key" in run.stderr()
-    assert run.errors() == [f"error: {run.run_dir}.toml:"] * 2
-
-
-def test_a_run_folder_with_content_is_refused_and_kept(workplace, launch, pretrained):
-    before = sorted(p.name for p in pretrained.run_dir.iterdir())
-    recipe = workplace.recipe(NTP, "again", run__dir=str(pretrained.run_dir))
-    run = launch(recipe, "--set", "parallel.world_size=1", num_ranks=1)
-    message = refusal(run)
-    assert f"run.dir {pretrained.run_dir} holds" in message and "--set run.dir=" in message
-    assert sorted(p.name for p in pretrained.run_dir.iterdir()) == before
-
-
-def test_a_start_without_torchrun_is_refused(workplace, launch):
-    message = refusal(launch(workplace.recipe(NTP, "ranks"), torchrun=False))
-    assert "RANK is not set" in message and "torchrun --nproc-per-node 2" in message
-
-
-def one_rank(workplace, launch, base, name, **changes):
-    changes = {"parallel__world_size": 1, **changes}
-    return refusal(launch(workplace.recipe(base, name, **changes), torchrun=False))
-
-
-def test_missing_data_is_refused(workplace, launch):
-    gone = str(workplace.folder / "gone_train")
-    message = one_rank(workplace, launch, NTP, "nodata", data__train=gone)
-    assert gone in message and "preprocess_data" in message
-
-
-def test_data_of_another_tokenizer_is_refused(workplace, launch):
-    from megatron_sip.data.tokenizer_training import train_tokenizer
-
-    other = workplace.folder / "other.model"
-    train_tokenizer(iter(["a few other words and letters " * 50]), vocab_size=280, output=other)
-    message = one_rank(workplace, launch, NTP, "tokenizer", data__tokenizer=str(other))
-    assert "another tokenizer" in message and str(other) in message
-    assert "preprocess_data" in message
-
-
-def test_a_judge_folder_with_code_is_refused(workplace, launch):
-    folder = workplace.folder / "judge-with-code"
-    shutil.copytree(workplace.judge, folder)
-    (folder / "modeling.py").write_text("raise SystemExit('executed')\n")
-    model = str(folder)
-    message = one_rank(workplace, launch, SIP, "code", servers__judge__model=model)
-    assert "servers.judge" in message and "modeling.py" in message and "remove it" in message

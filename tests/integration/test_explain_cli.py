@@ -14,7 +14,6 @@ import pytest
 from tiny_run import ROOT, SIP
 
 LIMIT_S = 30
-CONNECT = '{ kind = "connect", url = "http://u:pw@h", model = "m", tokenizer = "t" }'
 RECIPES = ("quickstart", "quickstart_ntp", "continual_quality")
 
 
@@ -58,7 +57,8 @@ def test_overrides_are_explained_and_files_may_be_missing(tmp_path: Path) -> Non
     found = as_json(recipe, *sizes, *missing)
     assert len(found["ranks"]) == 4
     assert found["data"]["vocab_size_assumed"] and found["data"]["train_tokens"] is None
-    assert found["servers"][1]["shape"] is None and len(found["obstacles"]) == 3
+    assert found["servers"][1]["shape"] is None
+    assert all(any(key in told for told in found["obstacles"]) for key in keys)
     done = explain(recipe, "--explain", *missing)
     assert "size of the data and passes over it: not known" in done.stdout
     assert "size unknown" in done.stdout and "would stop the run" in done.stdout
@@ -81,7 +81,6 @@ def test_wrong_recipe_and_impossible_server_are_one_line(tmp_path: Path) -> None
     recipe = ROOT / "configs" / "quickstart.toml"
     for override, message in (
         ("run.stepz=1", 'did you mean "steps"?'),
-        (f"servers.judge={CONNECT}", "carries a user name or password"),
         ("servers.judge.gpus=[0]", 'servers.judge.gpus is [0], but platform.kind is "cpu"'),
     ):
         done = explain(recipe, "--explain", "--set", override)

@@ -17,7 +17,7 @@ from megatron_sip.evaluation.evaluate import PolicyOutput
 from megatron_sip.evaluation.saved import load_output, save_output, start_file
 from megatron_sip.lifetime import StopRequest, children_shielded
 from megatron_sip.recipe import load_config
-from megatron_sip.resume import check_recipe
+from megatron_sip.recipe_change import check_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "configs" / "quickstart.toml"

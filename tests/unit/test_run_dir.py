@@ -64,10 +64,10 @@ def test_second_run_cannot_start_in_the_first_ones_folder(tmp_path: Path) -> Non
 
 def test_password_in_a_url_is_refused_and_not_repeated(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"servers\.judge\.url carries") as caught:
-        create_run_dir(tmp_path / "run", connected("http://user:hunter2@host:8000"))
+        create_run_dir(tmp_path / "run", connected("http://user:hunter2@localhost:8000"))
     assert "hunter2" not in str(caught.value)
     assert not (tmp_path / "run").exists()
-    create_run_dir(tmp_path / "run", connected("http://host:8000"))
+    create_run_dir(tmp_path / "run", connected("http://localhost:8000"))
 
 
 def test_environment_names_versions_and_hardware(

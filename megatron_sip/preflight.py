@@ -1,0 +1,265 @@
+"""What would stop a run, found from recipe, files and environment in about a second.
+
+Imports no torch, starts nothing and writes nothing. Each check yields messages that name the key,
+the value, the rule and the remedy; all of them run, so that one start shows all that is wrong.
+What needs a model's sizes (memory, disk, prompt lengths) is in `explain`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from megatron_sip import checkpoint_files
+from megatron_sip.config import (
+    Config,
+    ConnectServer,
+    PairwiseCriterion,
+    PointwiseCriterion,
+    StartServer,
+    api_key,
+)
+from megatron_sip.data.indexed_files import check_files, check_tokenizer
+from megatron_sip.data.tokenizer import Tokenizer
+from megatron_sip.errors import refuse
+from megatron_sip.judge.prompts import load_prompt
+from megatron_sip.pool_store import num_committed
+from megatron_sip.recipe_change import check_recipe
+from megatron_sip.run_dir import check_run_dir, refuse_secrets
+
+SPLITS = ("train", "validation", "test")
+PLACEHOLDERS = {  # of the prompt that a form needs
+    "pairwise": {"option_1", "option_2"},
+    "pointwise": {"candidate"},
+    "rewriter": {"suffix"},
+}
+
+
+def check(
+    config: Config,
+    *,
+    pools_dir: Path | None = None,
+    resume: bool = False,
+    environment: Mapping[str, str] = os.environ,
+) -> None:
+    """Refuse a run that cannot work; torchrun's variables are in `environment`.
+
+    Raises: ValueError with one message for each thing that is wrong.
+    """
+    found = problems(config, servers=pools_dir is None, resume=resume)
+    refuse([*_ranks(config, environment), *found, *_pools(config, pools_dir)])
+
+
+def problems(config: Config, *, servers: bool = True, resume: bool = False) -> tuple[str, ...]:
+    """What is wrong with the files and folders that a recipe names.
+
+    Args:   servers: also look at those of servers, judges and rewriter; a replay uses none.
+            resume: run.dir must hold a run that can go on, instead of nothing.
+    """
+    found = [*_run_dir(config, resume), *_data(config), *_folders(config)]
+    if servers and config.run.task == "sip":
+        found += [*_servers(config), *_prompts(config)]
+    return tuple(found)
+
+
+def _failures(check: Callable[..., Any], *args: Any, **kwargs: Any) -> Iterator[str]:
+    """The message of the ValueError that a call raises, if it does."""
+    try:
+        check(*args, **kwargs)
+    except (OSError, ValueError) as error:
+        yield str(error)
+
+
+def _ranks(config: Config, environment: Mapping[str, str]) -> Iterator[str]:
+    """Whether torchrun started what the recipe names, and leaves the servers their GPUs."""
+    wanted = config.parallel.world_size
+    if "RANK" not in environment:
+        yield (
+            "RANK is not set: start with torchrun --nproc-per-node "
+            f"{wanted} pretrain_sip.py ..., or add --explain"
+        )
+        return
+    started = int(environment["WORLD_SIZE"])
+    if started != wanted:
+        yield (
+            f"torchrun started {started} ranks, but parallel.world_size is {wanted}; make them "
+            "equal (--nproc-per-node, or --set)"
+        )
+    local = int(environment.get("LOCAL_WORLD_SIZE", started))
+    for name, server in config.servers.items():
+        taken = [g for g in server.gpus if g < local] if isinstance(server, StartServer) else []
+        if taken and config.platform.kind == "cuda":
+            yield (
+                f"servers.{name}.gpus holds {taken}, which trainer ranks use: the {local} ranks of "
+                f"this node take GPUs 0 to {local - 1}; name others"
+            )
+
+
+def _run_dir(config: Config, resume: bool) -> Iterator[str]:
+    if resume:
+        yield from _failures(check_recipe, config)
+    else:
+        yield from _failures(check_run_dir, config.run.dir)
+    yield from _failures(refuse_secrets, config)
+
+
+def _data(config: Config) -> Iterator[str]:
+    """Tokenizer and datasets, against each other; the checkpoint to start from, against both."""
+    path, tp = config.data.tokenizer, config.parallel.tensor_model_parallel_size
+    try:
+        tokenizer = Tokenizer.load(path)
+    except ValueError as error:
+        tokenizer = None
+        yield f"data.tokenizer: {error}"
+    for split in SPLITS:
+        prefix = getattr(config.data, split)
+        try:
+            manifest = check_files(prefix)
+            if tokenizer:
+                check_tokenizer(prefix, manifest, digest=tokenizer.digest, path=path)
+        except ValueError as error:
+            yield f"data.{split}: {error}"
+    if tokenizer and tokenizer.vocab_size % tp:
+        yield (
+            f"data.tokenizer {path} has {tokenizer.vocab_size} pieces, which "
+            f"parallel.tensor_model_parallel_size {tp} does not divide; use a divisor"
+        )
+    if config.model.init.kind == "megatron":
+        yield from (f"model.init.path: {m}" for m in _failures(_check_init, config, tokenizer))
+
+
+def _check_init(config: Config, tokenizer: Tokenizer | None) -> None:
+    """Whether the first weights are there, and of this model."""
+    assert config.model.init.kind == "megatron"
+    folder = checkpoint_files.find(config.model.init.path)
+    identity = {}
+    if tokenizer:
+        identity = checkpoint_files.model_identity(
+            config.model, vocab_size=tokenizer.vocab_size, tokenizer_digest=tokenizer.digest
+        )
+    checkpoint_files.check_identity(folder, identity)
+
+
+def _folders(config: Config) -> Iterator[str]:
+    """Whether what the run will write can be written."""
+    wanted = {"run.dir": config.run.dir}
+    if config.judge:
+        wanted["judge.cache_dir"] = config.judge.cache_dir
+    for key, path in wanted.items():
+        there = existing(path)
+        if not there.is_dir() and there != Path(path).absolute():
+            yield f"{key} {path}: {there} is a file; name a folder"
+        elif not os.access(there, os.W_OK):
+            yield f"{key} {path}: no permission to write in {there}; name another folder"
+
+
+def existing(path: Path) -> Path:
+    """`path`, or its nearest parent that exists."""
+    path = Path(path).absolute()
+    return next(p for p in (path, *path.parents) if p.exists())
+
+
+def _servers(config: Config) -> Iterator[str]:
+    for name, server in config.servers.items():
+        if isinstance(server, ConnectServer):
+            yield from (f"servers.{name}.api_key_env: {m}" for m in _failures(api_key, server))
+            folder, key = server.tokenizer, f"servers.{name}.tokenizer"
+        elif server.model == "policy":
+            continue
+        else:
+            folder, key = Path(server.model), f"servers.{name}.model"
+        found = list(_failures(check_model_folder, folder))
+        yield from (f"{key} {message}" for message in found)
+        if isinstance(server, StartServer) and not found:
+            yield from (f"{key} {m}" for m in _failures(_check_weights, folder))
+            yield from (f"servers.{name}." + m for m in _failures(_check_length, server, folder))
+
+
+def check_model_folder(folder: Path) -> None:
+    """Whether a model folder has a tokenizer and a config.json, and holds no code.
+
+    Raises: ValueError naming folder and remedy.
+    """
+    for name in ("config.json", "tokenizer.json"):
+        if not (folder / name).is_file():
+            raise ValueError(
+                f"{folder} has no {name}; give a Hugging Face folder (make quickstart makes "
+                "the quickstart's judge with tools/convert_checkpoint.py gguf-to-hf)"
+            )
+    code = sorted(p.name for p in folder.rglob("*.py"))
+    auto_map = "auto_map" in _read_config(folder)
+    if code or auto_map:
+        raise ValueError(
+            f"{folder} brings code ({', '.join(code) or 'auto_map in config.json'}); "
+            "model folders with code are refused, remove it"
+        )
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'config.json'} is not JSON ({error}); copy it anew") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{folder / 'config.json'} is not a JSON object; copy it anew")
+    return found
+
+
+def _check_weights(folder: Path) -> None:
+    """Whether all safetensors files are there; vLLM would find out after its slow start."""
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    missing = sorted(name for name in names if not (folder / name).is_file())
+    if missing:
+        raise ValueError(f"{folder} lacks weights: {', '.join(missing)}; copy them there")
+
+
+def _check_length(server: StartServer, folder: Path) -> None:
+    longest = _read_config(folder).get("max_position_embeddings")
+    if isinstance(longest, int) and server.max_model_len > longest:
+        raise ValueError(
+            f"max_model_len {server.max_model_len} is more than the {longest} positions of "
+            f"{folder} (max_position_embeddings); lower it"
+        )
+
+
+def _prompts(config: Config) -> Iterator[str]:
+    """Whether each prompt exists and shows the model what its form is about."""
+    assert config.judge is not None
+    users = {
+        f"judge.criteria[{i}].prompt": (c.form, c.prompt)
+        for i, c in enumerate(config.judge.criteria)
+        if isinstance(c, PairwiseCriterion | PointwiseCriterion)
+    }
+    if config.rewriter:
+        users["rewriter.prompt"] = ("rewriter", config.rewriter.prompt)
+    for key, (form, name) in users.items():
+        try:
+            prompt = load_prompt(name)
+        except ValueError as error:
+            yield f"{key}: {error}"
+            continue
+        labels = 0 if form == "rewriter" else 2
+        if not PLACEHOLDERS[form] <= prompt.placeholders or len(prompt.labels) != labels:
+            yield (
+                f'{key} "{name}" is not for {form}: it has placeholders '
+                f"{sorted(prompt.placeholders)} and {len(prompt.labels)} labels, {form} needs "
+                f"{sorted(PLACEHOLDERS[form])} and {labels}; name another prompt"
+            )
+
+
+def _pools(config: Config, pools_dir: Path | None) -> Iterator[str]:
+    if pools_dir is None:
+        return
+    steps = num_committed(pools_dir)
+    if steps < config.run.steps:
+        remedy = f"set run.steps to {steps}" if steps else "give the pools/ folder of a run"
+        yield (
+            f"--pools {pools_dir} holds {steps} committed steps (step_00000000.done, ...), "
+            f"run.steps is {config.run.steps}; {remedy}"
+        )
