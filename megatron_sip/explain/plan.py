@@ -25,6 +25,7 @@ from megatron_sip.explain.shapes import policy_shape
 from megatron_sip.explain.speed import Bottleneck, bottleneck
 from megatron_sip.explain.workload import Workload, plans, workload
 from megatron_sip.platform import Platform
+from megatron_sip.run_dir import refuse_secrets
 
 
 @dataclass(frozen=True)
@@ -66,8 +67,9 @@ def explain(config: Config, *, servers_start: bool = True) -> Explanation:
 
     Args:   servers_start: False for a replay of recorded pools.
     Raises: ValueError if the recipe cannot run anywhere: a server's settings contradict the
-            platform, or a prompt does not exist.
+            platform, its URL carries a password, or a prompt does not exist.
     """
+    refuse_secrets(config)  # all that the recipe holds is shown
     missing = preflight.problems(config)
     data, tokenizer, sampler = open_files(config)
     lengths = measure_lengths(config, tokenizer, sampler)

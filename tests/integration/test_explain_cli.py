@@ -14,6 +14,7 @@ import pytest
 from tiny_run import ROOT, SIP
 
 LIMIT_S = 30
+CONNECT = '{ kind = "connect", url = "http://u:pw@localhost", model = "m", tokenizer = "t" }'
 RECIPES = ("quickstart", "quickstart_ntp", "continual_quality")
 
 
@@ -81,6 +82,7 @@ def test_wrong_recipe_and_impossible_server_are_one_line(tmp_path: Path) -> None
     recipe = ROOT / "configs" / "quickstart.toml"
     for override, message in (
         ("run.stepz=1", 'did you mean "steps"?'),
+        (f"servers.judge={CONNECT}", "carries a user name or password"),
         ("servers.judge.gpus=[0]", 'servers.judge.gpus is [0], but platform.kind is "cpu"'),
     ):
         done = explain(recipe, "--explain", "--set", override)

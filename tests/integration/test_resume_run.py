@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 from tiny_run import NTP, SIP
@@ -141,6 +142,44 @@ def test_a_run_can_go_back_to_an_older_checkpoint_and_save_over_the_newer(
     assert run.process.returncode == 0, run.stderr()
     assert last_checkpoint(run) == last_checkpoint(straight)
     assert learned(run) == learned(straight)
+
+
+LAYOUTS = {  # name -> (ranks, tensor parallel, pipeline parallel)
+    "dp1": (1, 1, 1),
+    "dp2": (2, 1, 1),
+    "tp2": (2, 2, 1),
+    "pp2": (2, 1, 2),
+}
+
+
+def in_layout(workplace, name, layout, **changes):
+    ranks, tp, pp = LAYOUTS[layout]
+    changes |= {
+        "parallel__world_size": ranks,
+        "parallel__tensor_model_parallel_size": tp,
+        "parallel__pipeline_model_parallel_size": pp,
+    }
+    return workplace.recipe(NTP, name, **changes), ranks
+
+
+@pytest.mark.parametrize(("first", "second"), [("dp2", "dp1"), ("tp2", "pp2"), ("pp2", "tp2")])
+def test_a_run_goes_on_at_another_layout_with_the_same_losses(first, second, workplace, launch):
+    changes = {"run__steps": 8, "checkpoint__interval": 4}
+    recipe, ranks = in_layout(workplace, f"was-{first}", first, **changes)
+    straight = launch(recipe, num_ranks=ranks).wait()
+    assert straight.process.returncode == 0, straight.stderr()
+    recipe, ranks = in_layout(workplace, f"{first}-then-{second}", second, **changes)
+    folder = recipe.with_suffix("")
+    shutil.copytree(straight.run_dir, folder)
+    (folder / "summary.json").unlink()
+    (folder / "checkpoints" / "latest").write_text("step_00000004")
+    run = launch(recipe, "--resume", num_ranks=ranks).wait()
+    assert run.process.returncode == 0, run.stderr()
+    assert "resumed after step 4" in run.stderr() + Path(run.out.name).read_text()
+    for found, expected in zip(run.metrics()[-4:], straight.metrics()[-4:], strict=True):
+        assert found["step"] == expected["step"]
+        assert found["loss"] == pytest.approx(expected["loss"], abs=1e-4)
+        assert found["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
 
 
 def refusal(run):
