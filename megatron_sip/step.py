@@ -13,8 +13,10 @@ from megatron_sip import curriculum
 from megatron_sip.checkpoint import save_weights
 from megatron_sip.config import Config
 from megatron_sip.console import StepConsole
+from megatron_sip.cost import step_flops
 from megatron_sip.exchange import WeightExchange
 from megatron_sip.experience import Experience, pool_means
+from megatron_sip.explain.shapes import policy_shape
 from megatron_sip.learner import Learner, Means, needs_reference
 from megatron_sip.metrics import PhaseTimer, reduce_means
 from megatron_sip.model import frozen_copy
@@ -133,13 +135,22 @@ def learn(run: Run, plan: Plan, batches: list[TrainRows]) -> tuple[Means, np.nda
     """Reference pass, forward, backward, checks, optimizer step."""
     settings = curriculum.settings_of(run.config, plan)
     with run.timer("train"):
-        return run.learner.learn(
+        means, gaps = run.learner.learn(
             batches,
             settings,
             reference=run.reference,
             version=run.state.policy_version,
             fresh_reference=run.fresh_reference,
         )
+    if run.ranks.is_io:  # one rank a replica
+        flops = step_flops(
+            policy_shape(run.config.model, vocab_size=run.vocab_size),
+            batches,
+            uses_reference=needs_reference(settings),
+            platform_kind=run.platform.kind,
+        )
+        means["model/flops"] = (flops, 1.0 / run.ranks.dp_size)
+    return means, gaps
 
 
 def advance(run: Run, means: Means, learned: Means) -> None:
