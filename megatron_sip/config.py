@@ -1,7 +1,7 @@
 """The recipe's keys as frozen models. Every default lives here; no torch is imported.
 
-Unknown keys and wrong types are errors; rules that span sections stand in `config_rules.py`, and
-`recipe.py` reads files. Validation never assigns.
+Unknown keys and wrong types are errors; rules that span sections stand in `config_rules.py`, the
+section [metrics] in `config_metrics.py`, and `recipe.py` reads files. Validation never assigns.
 """
 
 from __future__ import annotations
@@ -10,24 +10,19 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from megatron_sip.config_base import (
+    Fraction,
+    NonNegative,
+    NonNegativeInt,
+    Positive,
+    PositiveInt,
+    Section,
+)
+from megatron_sip.config_metrics import Metrics
 from megatron_sip.config_rules import broken_rules
 from megatron_sip.types import Source
-
-PositiveInt = Annotated[int, Field(gt=0)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-Positive = Annotated[float, Field(gt=0)]
-NonNegative = Annotated[float, Field(ge=0)]
-Fraction = Annotated[float, Field(gt=0, le=1)]
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, strict, unknown keys forbidden."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
-    )
 
 
 class Run(Section):
@@ -364,11 +359,12 @@ class Config(Section):
     objective: Objective
     checkpoint: Checkpoint
     evaluation: Evaluation
-    servers: dict[str, Server] = {}
+    servers: dict[str, Server] = Field(default_factory=dict)
     rollout: Rollout | None = None
     judge: Judge | None = None
     rewriter: Rewriter | None = None
     curriculum: Curriculum | None = None
+    metrics: Metrics = Metrics()
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

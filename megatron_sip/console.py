@@ -31,6 +31,7 @@ SHOWN = (
     ("pool/rollout_win_rate", "rollout wins", ".3f"),
     ("rollout/logprob_mismatch", "mismatch", ".1e"),
     ("rollout/tokens_per_s", "tokens/s", ".0f"),
+    ("model/mfu", "MFU", ".1%"),
 )
 NUM_AVERAGED, BAR_WIDTH = 10, 24
 _HANDLER = "megatron_sip trainer log"

@@ -1,4 +1,4 @@
-"""Metrics of a run: the table of names, the JSON-lines file, phase times, means over ranks.
+"""Metrics of a run: their table, the JSON-lines file and sinks, phase times, means over ranks.
 
 No metric has a name outside the table, so that what is logged is what is documented.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Metric:
 
     unit: str
     meaning: str
+    clock: bool = False
+    """Depends on the clock or the machine, so it is no part of what two equal runs share."""
 
 
 METRICS: dict[str, Metric] = {
@@ -47,14 +49,14 @@ METRICS: dict[str, Metric] = {
     "judge/verdicts": Metric("verdicts", "questions answered, cache included"),
     "judge/missing": Metric("verdicts", "questions without a usable verdict"),
     "judge/cache_hits": Metric("verdicts", "questions answered from the cache"),
-    "judge/verdicts_per_s": Metric("verdicts/s", "verdicts over the judge phase"),
+    "judge/verdicts_per_s": Metric("verdicts/s", "verdicts over the judge phase", True),
     "judge/prompt_tokens": Metric("tokens", "prompt tokens that judge servers were sent"),
     "rewrite/rewrites": Metric("rewrites", "kept rewrites"),
     "rewrite/copied": Metric("rewrites", "kept rewrites that equal the suffix"),
     "rewrite/dropped": Metric("rewrites", "refused, empty or too short; they left their pool"),
     "rewrite/failed": Metric("rewrites", "dropped for want of a reply"),
     "rewrite/cache_hits": Metric("rewrites", "rewrites taken from the cache"),
-    "rollout/tokens_per_s": Metric("tokens/s", "generated tokens over the rollout phase"),
+    "rollout/tokens_per_s": Metric("tokens/s", "generated tokens over the rollout phase", True),
     "rollout/length": Metric("tokens", "mean length of a rollout"),
     "rollout/logprob_mismatch": Metric("nats", "mean |trainer - engine| over rollout tokens"),
     "rollout/logprob_mismatch_p99": Metric("nats", "... its 99th percentile"),
@@ -62,15 +64,25 @@ METRICS: dict[str, Metric] = {
     "rollout/kl": Metric("nats/token", "KL(engine || trainer) estimated on the rollouts"),
     "policy/version": Metric("version", "weights that the rollout server holds after the step"),
     "policy/lag": Metric("steps", "largest age of the weights that made a rollout"),
-    "sync/seconds": Metric("s", "one whole weight exchange"),
-    "sync/pause_s": Metric("s", "the part of it in which the rollout server answers nobody"),
+    "sync/seconds": Metric("s", "one whole weight exchange", True),
+    "sync/pause_s": Metric("s", "the part of it in which the rollout server answers nobody", True),
     "curriculum/stage": Metric("stage", "0 nll, 1 rf_nll, 2 final"),
     "curriculum/win_rate": Metric("fraction", "smoothed rollout win rate that moves the stage"),
     "data/consumed_samples": Metric("samples", "prefixes of the run so far; the data position"),
     "data/tokens": Metric("tokens", "scored tokens of the run so far"),
-    "memory/host_gib": Metric("GiB", "resident memory of rank 0"),
-    "memory/host_peak_gib": Metric("GiB", "its peak since the start"),
-    "memory/device_peak_gib": Metric("GiB", "peak of the accelerator's memory on rank 0"),
+    "model/flops": Metric("FLOP", "matrix products of all trainer ranks, padding included"),
+    "model/mfu": Metric("fraction", "model/flops over step seconds x ranks x peak", True),
+    "model/train_mfu": Metric("fraction", "the same over the seconds of the train phase", True),
+    "cost/trainer_device_s": Metric("device s", "ranks x seconds of train and sync", True),
+    "cost/rollout_device_s": Metric("device s", "its server x seconds of rollout and sync", True),
+    "cost/rewrite_device_s": Metric("device s", "its server x seconds of rewrite", True),
+    "cost/judge_device_s": Metric("device s", "its servers x seconds of judge", True),
+    "cost/evaluation_device_s": Metric("device s", "all devices x seconds of evaluate", True),
+    "cost/idle_device_s": Metric("device s", "cost/device_s less the five above", True),
+    "cost/device_s": Metric("device s", "all devices x seconds of the step", True),
+    "memory/host_gib": Metric("GiB", "resident memory of rank 0", True),
+    "memory/host_peak_gib": Metric("GiB", "its peak since the start", True),
+    "memory/device_peak_gib": Metric("GiB", "peak of the accelerator's memory on rank 0", True),
     "eval/nll": Metric("nats/token", "negative log-likelihood of validation suffixes"),
     "eval/win_rate": Metric("fraction", "policy over its start on validation prefixes, ties half"),
     "eval/win_rate_low": Metric("fraction", "lower end of its 95 % interval"),
@@ -81,7 +93,7 @@ METRICS: dict[str, Metric] = {
 }  # fmt: skip
 PATTERNS: dict[str, Metric] = {
     r"reward/[^/\s]+": Metric("reward", "mean over valid candidates of the criterion so named"),
-    r"time/[a-z][a-z0-9_]*_s": Metric("s", "seconds of the phase so named on rank 0"),
+    r"time/[a-z][a-z0-9_]*_s": Metric("s", "seconds of the phase so named on rank 0", True),
 }
 
 
@@ -100,33 +112,60 @@ def metric(name: str) -> Metric:
     raise ValueError(f'metric "{name}" is not in the table of metrics; {remedy}')
 
 
-class MetricLogger:
-    """Appends one JSON object a step to metrics.jsonl; each line is on its way when `log` returns.
+class Sink(Protocol):
+    """Someone who is told of each step besides metrics.jsonl."""
 
-    A resumed run repeats the steps after its checkpoint: the last line of a step counts. Half a
-    line, left by a run that was killed while writing, is removed. `steps` are those that the file
-    held before.
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Step `step` (1, 2, ...); a resumed run repeats the steps after its checkpoint."""
+        ...
+
+    def close(self) -> None:
+        """The run is over."""
+        ...
+
+
+class MetricLogger:
+    """Appends one JSON object a step to metrics.jsonl, then tells the sinks.
+
+    Each line is on its way when `log` returns. A resumed run repeats the steps after its
+    checkpoint: the last line of a step counts. Half a line, left by a run that was killed while
+    writing, is removed.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, *, after: int = 0) -> None:
+        """Args: after: step that the run goes on from."""
+        self.sinks: list[Sink] = []
         path = run_dir / "metrics.jsonl"
         self._file = path.open("ab+")
         self._file.seek(0)
         content = self._file.read()
         whole = content[: content.rfind(b"\n") + 1]
         self._file.truncate(len(whole))
-        self.steps = {int(json.loads(line)["step"]) for line in whole.splitlines()}
+        lines = {int(json.loads(line)["step"]): line for line in whole.splitlines()}
+        self.last_step = max(lines, default=0)
+        """Of those that the file held before."""
+        self._recorded = {step: line for step, line in lines.items() if step > after}
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one line, keys sorted.
+    def log(self, step: int, metrics: Mapping[str, float], *, replayed: bool = False) -> None:
+        """Write one line, keys sorted, and hand the same numbers to every sink.
 
         JSON has no NaN: such a number becomes null, and "non_finite" says what it was.
 
+        Args:   replayed: learned again from recorded pools. If the file has the step, its line
+                stands, which also says what asking the servers took, and the sinks get that.
         Raises: ValueError for an unknown metric; nothing is written then.
         """
         for name in metrics:
             metric(name)
         values = {name: float(value) for name, value in metrics.items()}
+        if replayed and step in self._recorded:
+            values = _values(self._recorded[step])
+        else:
+            self._write(step, values)
+        for sink in self.sinks:
+            sink.log(step, values)
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
         strange = {name: str(v) for name, v in values.items() if not math.isfinite(v)}
         line: dict[str, Any] = {"step": step, **values, **dict.fromkeys(strange)}
         if strange:
@@ -136,12 +175,22 @@ class MetricLogger:
 
     def close(self) -> None:
         self._file.close()
+        for sink in self.sinks:
+            sink.close()
 
     def __enter__(self) -> MetricLogger:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _values(line: bytes) -> dict[str, float]:
+    """The numbers of a line that `MetricLogger` wrote."""
+    fields = json.loads(line)
+    strange = fields.pop("non_finite", {})
+    del fields["step"]
+    return fields | {name: float(text) for name, text in strange.items()}
 
 
 class PhaseTimer:

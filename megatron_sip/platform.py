@@ -100,6 +100,10 @@ class Platform:
         if self.kind == "cuda":
             torch.cuda.synchronize()
 
+    def device_name(self) -> str:
+        """What the driver calls this rank's accelerator; "" on a CPU."""
+        return torch.cuda.get_device_name(self.device) if self.kind == "cuda" else ""
+
     def peak_memory_gib(self) -> float:
         """Largest memory this process held: device memory on CUDA, resident set on CPU."""
         if self.kind == "cuda":

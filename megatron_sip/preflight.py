@@ -29,6 +29,7 @@ from megatron_sip.judge.prompts import load_prompt
 from megatron_sip.pool_store import num_committed
 from megatron_sip.recipe_change import check_recipe
 from megatron_sip.run_dir import check_run_dir, refuse_secrets
+from megatron_sip.sinks.check import check_sinks
 
 SPLITS = ("train", "validation", "test")
 PLACEHOLDERS = {  # of the prompt that a form needs
@@ -50,7 +51,8 @@ def check(
     Raises: ValueError with one message for each thing that is wrong.
     """
     found = problems(config, servers=pools_dir is None, resume=resume)
-    refuse([*_ranks(config, environment), *found, *_pools(config, pools_dir)])
+    sinks = check_sinks(config) if environment.get("RANK") == "0" else []
+    refuse([*_ranks(config, environment), *found, *_pools(config, pools_dir), *sinks])
 
 
 def problems(config: Config, *, servers: bool = True, resume: bool = False) -> tuple[str, ...]:

@@ -66,6 +66,21 @@ def _set(tree: dict[str, Any], override: str) -> None:
     tree[key] = value
 
 
+def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"section.key": value} of a dumped recipe; an absent section and one of None are the same."""
+    pairs: Any = ()
+    if isinstance(tree, dict):
+        pairs = tree.items()
+    elif isinstance(tree, (list, tuple)):
+        pairs = enumerate(tree)
+    elif tree is not None:
+        return {prefix: tree}
+    found = {}
+    for key, value in pairs:
+        found |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    return found
+
+
 def load_config(path: Path, overrides: tuple[str, ...] = ()) -> Config:
     """Read and validate a recipe.
 

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from megatron_sip.config import Config
-from megatron_sip.recipe import load_config
+from megatron_sip.recipe import flatten, load_config
 
 FREE = (
     "run.dir", "platform", "parallel", "servers", "checkpoint", "model.init",
@@ -15,7 +14,7 @@ FREE = (
     "rollout.concurrency", "rollout.timeout_s", "rollout.weight_transfer", "rollout.bucket_mib",
     "rollout.max_logprob_mismatch",
     "judge.cache_dir", "judge.concurrency", "judge.timeout_s", "judge.max_missing_rate",
-    "rewriter.concurrency", "rewriter.timeout_s",
+    "rewriter.concurrency", "rewriter.timeout_s", "metrics",
 )  # fmt: skip
 
 
@@ -41,8 +40,8 @@ def check_recipe(config: Config) -> None:
             "its checkpoint (model.init)"
         )
     was, now = (
-        _flat(load_config(saved).model_dump(mode="json")),
-        _flat(config.model_dump(mode="json")),
+        flatten(load_config(saved).model_dump(mode="json")),
+        flatten(config.model_dump(mode="json")),
     )
     changed = [
         f"{key} was {was.get(key)!r}, is {now.get(key)!r}"
@@ -58,18 +57,3 @@ def check_recipe(config: Config) -> None:
 
 def _is_free(key: str) -> bool:
     return any(key == free or key.startswith(free + ".") for free in FREE)
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    """{"section.key": value}; an absent section and one of None are the same."""
-    pairs: Any = ()
-    if isinstance(tree, dict):
-        pairs = tree.items()
-    elif isinstance(tree, (list, tuple)):
-        pairs = enumerate(tree)
-    elif tree is not None:
-        return {prefix: tree}
-    found = {}
-    for key, value in pairs:
-        found |= _flat(value, f"{prefix}.{key}" if prefix else str(key))
-    return found

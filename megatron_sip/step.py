@@ -13,8 +13,10 @@ from megatron_sip import curriculum
 from megatron_sip.checkpoint import save_weights
 from megatron_sip.config import Config
 from megatron_sip.console import StepConsole
+from megatron_sip.cost import step_flops
 from megatron_sip.exchange import WeightExchange
 from megatron_sip.experience import Experience, pool_means
+from megatron_sip.explain.shapes import policy_shape
 from megatron_sip.learner import Learner, Means, StepStopped, needs_reference
 from megatron_sip.metrics import PhaseTimer, reduce_means
 from megatron_sip.model import frozen_copy
@@ -134,7 +136,7 @@ def learn(run: Run, plan: Plan, batches: list[TrainRows]) -> tuple[Means, np.nda
     settings = curriculum.settings_of(run.config, plan)
     try:
         with run.timer("train"):
-            return run.learner.learn(
+            means, gaps = run.learner.learn(
                 batches,
                 settings,
                 reference=run.reference,
@@ -143,6 +145,15 @@ def learn(run: Run, plan: Plan, batches: list[TrainRows]) -> tuple[Means, np.nda
             )
     except StepStopped as stopped:
         raise StepStopped(f"step {run.state.step + 1}: {stopped}") from None
+    if run.ranks.is_io:  # one rank a replica
+        flops = step_flops(
+            policy_shape(run.config.model, vocab_size=run.vocab_size),
+            batches,
+            uses_reference=needs_reference(settings),
+            platform_kind=run.platform.kind,
+        )
+        means["model/flops"] = (flops, 1.0 / run.ranks.dp_size)
+    return means, gaps
 
 
 def advance(run: Run, means: Means, learned: Means) -> None:

@@ -16,6 +16,7 @@ from megatron_sip.assembly import build_run, connect_servers, open_data
 from megatron_sip.checkpoint_files import prune
 from megatron_sip.config import Config
 from megatron_sip.console import Console, SilentConsole, setup_logging
+from megatron_sip.cost import used
 from megatron_sip.errors import refuse
 from megatron_sip.evaluation.evaluate import Evaluator, PolicyOutput, as_metrics, compare
 from megatron_sip.evaluation.saved import load_output, save_output, start_file
@@ -28,6 +29,8 @@ from megatron_sip.platform import PLATFORMS
 from megatron_sip.report import write_report
 from megatron_sip.resume import restore
 from megatron_sip.run_dir import create_run_dir, write_summary
+from megatron_sip.sinks.opening import open_logger
+from megatron_sip.sinks.progress import Progress
 from megatron_sip.step import Run, run_step
 
 log = logging.getLogger(__name__)
@@ -59,10 +62,16 @@ def train(config: Config, *, pools_dir: Path | None = None, resume: bool = False
         run = build_run(config, platform, ranks, tokenizer, datasets, console, resume=resume)
         if resume:
             restore(run)
-        evaluators = connect_servers(run, tokenizer, datasets, pools_dir, stack)
-        starts = begin(run, evaluators, resume)
-        train_steps(run, evaluators, starts, stack)
-        finish(run, evaluators, starts, started)
+        progress = Progress(lambda: run.timer.current)
+        logger = None
+        if ranks.is_main:
+            logger = open_logger(config, progress, console.note, after=run.state.step)
+            stack.enter_context(logger)
+        with progress:  # it knows the end before servers and sinks are closed
+            evaluators = connect_servers(run, tokenizer, datasets, pools_dir, stack)
+            starts = begin(run, evaluators, resume)
+            train_steps(run, evaluators, starts, logger)
+            finish(run, evaluators, starts, started)
 
 
 def refuse_unfit(config: Config, *, replay: bool) -> None:
@@ -117,14 +126,14 @@ def train_steps(
     run: Run,
     evaluators: dict[str, Evaluator],
     starts: dict[str, PolicyOutput],
-    stack: ExitStack,
+    logger: MetricLogger | None,
 ) -> None:
     """The loop: steps, checkpoints, evaluations, metrics, and the wish to stop.
 
+    Args:   logger: on rank 0.
     Raises: Stopped, on every rank, after a checkpoint.
     """
     config = run.config
-    metrics_log = stack.enter_context(MetricLogger(config.run.dir)) if run.ranks.is_main else None
     run.timer.take()  # what came before the first step
     with StopRequest() as request:
         while run.state.step < config.run.steps:
@@ -139,9 +148,13 @@ def train_steps(
             if last or signum or run.state.step % config.checkpoint.interval == 0:
                 save(run)
             metrics |= run.timer.take() | {"time/step_s": time.perf_counter() - begun}
-            if metrics_log is not None:
-                if run.state.step > run.replay_until or run.state.step not in metrics_log.steps:
-                    metrics_log.log(run.state.step, metrics)
+            if logger is not None:
+                metrics |= used(
+                    config, metrics,
+                    servers=run.exchange is not None, device_name=run.platform.device_name(),
+                )  # fmt: skip
+                replayed = run.state.step <= run.replay_until
+                logger.log(run.state.step, metrics, replayed=replayed)
                 run.console.step(run.state.step, metrics)
             if signum and not last:
                 raise Stopped(signum, step=run.state.step)

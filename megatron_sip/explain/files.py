@@ -13,7 +13,7 @@ from megatron_sip.explain.workload import Workload
 CHARACTERS_PER_TOKEN = 4  # of text beside its token ids
 VERDICT_BYTES = 40
 SHARD_BYTES = 8_000  # of a Parquet file's own descriptions
-STEP_LINE_BYTES = {"ntp": 400, "sip": 2_000}  # of metrics.jsonl
+STEP_LINE_BYTES = {"ntp": 700, "sip": 2_500}  # of metrics.jsonl
 SMALL_BYTES = 50_000  # config, environment, summary
 
 
@@ -44,6 +44,7 @@ def run_files(
         Files("config.toml, environment.json, summary.json", 1, SMALL_BYTES, "together, at most"),
         Files("evaluation_start_*.npz, report.html", 1, None, "the start's evaluation; the report"),
         Files("metrics.jsonl", steps, STEP_LINE_BYTES[config.run.task], "bytes a step"),
+        Files("tensorboard/, wandb/, sinks.json", 1, None, "the same for the sinks of [metrics]"),
         Files(
             "checkpoints/step_*/", checkpoints_kept(config), checkpoint_bytes(config, parameters),
             "those kept at the end, one more while saving; weights, fp32 weights, two moments",

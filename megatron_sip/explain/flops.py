@@ -27,6 +27,11 @@ class Prompts:
     """The log-prob of every prompt token is wanted: no prefix cache, and the head on each."""
 
 
+def causal_share(platform_kind: str) -> float:
+    """Part of the scores that the trainer computes: Megatron's local attention takes the square."""
+    return 1.0 if platform_kind == "cpu" else 0.5
+
+
 def forward_flops(shape: Shape, *, rows: float, length: int, causal_share: float) -> float:
     """Forward pass over full rows, log-prob of every position.
 

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 from megatron_sip.config import Config
 from megatron_sip.evaluation.evaluate import NUM_CANDIDATES, Evaluator
-from megatron_sip.explain.flops import Prompts, forward_flops, serving_flops, training_flops
+from megatron_sip.explain.flops import (
+    Prompts,
+    causal_share,
+    forward_flops,
+    serving_flops,
+    training_flops,
+)
 from megatron_sip.explain.samples import Lengths
 from megatron_sip.explain.shapes import Shape
 from megatron_sip.explain.workload import Workload
@@ -45,7 +51,7 @@ def roles_of(
 
     Args: served: shape of each server's model, None where it is unknown.
     """
-    causal = 1.0 if config.platform.kind == "cpu" else 0.5
+    causal = causal_share(config.platform.kind)
     rows = {"rows": work.rows, "length": work.row_length, "causal_share": causal}
     roles = []
     if work.rollouts:
@@ -122,7 +128,7 @@ def _evaluation(
         more = 1 + steps // settings.interval  # of the start policy, then of the policy
         times[settings.interval_prefixes] = times.get(settings.interval_prefixes, 0) + more
     dp = config.parallel.data_parallel_size
-    causal = 1.0 if config.platform.kind == "cpu" else 0.5
+    causal = causal_share(config.platform.kind)
     padded = sum(count * _padded(n, dp) for n, count in times.items()) / steps
     n = sum(count * n for n, count in times.items()) / steps
     rows = padded * (2 if config.rollout else 1)  # the start policy scores continuations, too

@@ -10,27 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_sip.config import Config, StartServer
+from megatron_sip.explain.hardware import Hardware
 from megatron_sip.explain.roles import TRAINER, Role
 from megatron_sip.explain.servers import ServerPlan
 
 BF16, FP32 = 2, 4
-
-
-@dataclass(frozen=True)
-class Hardware:
-    """One H100 SXM by its data sheet, and shares of it that a program is assumed to reach."""
-
-    name: str = "H100 SXM"
-    bf16_flops: float = 989e12
-    """Dense, FLOP/s."""
-    fp8_flops: float = 1979e12
-    memory_bytes: float = 80e9
-    memory_bandwidth: float = 3.35e12
-    """Bytes/s."""
-    train_utilisation: float = 0.40
-    serve_utilisation: float = 0.40
-    """Of arithmetic, in prefill and in large decoding batches."""
-    bandwidth_utilisation: float = 0.60
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,11 @@ import numpy as np
 import pytest
 from tiny_run import NTP, SIP
 
+from megatron_sip.explain.flops import forward_flops, training_flops
+from megatron_sip.explain.plan import describe_platform
+from megatron_sip.explain.shapes import policy_shape
+from megatron_sip.explain.workload import plans, workload
+from megatron_sip.metrics import metric
 from megatron_sip.pool_store import read_pools
 from megatron_sip.recipe import load_config
 
@@ -22,7 +27,7 @@ SAME = ("loss", "grad_norm", "objective/dpo", "objective/suffix_nll")
 
 def is_learned(name):
     """Metrics that follow from pools and weights alone."""
-    return not name.startswith(("time/", "memory/", "sync/", "judge/", "rollout/tokens"))
+    return name == "step" or not (metric(name).clock or name.startswith("judge/"))
 
 
 def test_next_token_pretraining_lowers_the_loss_and_sums_up(pretrained):
@@ -44,6 +49,28 @@ def test_every_step_is_logged_and_engine_and_trainer_agree(improved):
         assert line["rollout/logprob_mismatch"] < 1e-3 and line["judge/missing"] == 0
         assert line["rollout/logprob_mismatch"] > 0  # two programs, not one asked twice
         assert math.isfinite(line["loss"]) and line["grad_norm"] > 0
+
+
+def test_flops_of_a_step_are_those_that_explain_predicts(improved, pretrained):
+    for run in (improved, pretrained):
+        config = load_config(run.run_dir / "config.toml")
+        work = workload(config, plans(config)[-1], describe_platform(config))
+        rows = {"rows": work.rows, "length": work.row_length, "causal_share": 1.0}
+        shape = policy_shape(config.model, vocab_size=512)
+        expected = training_flops(shape, **rows)
+        expected += forward_flops(shape, **rows) if work.uses_reference else 0.0
+        assert work.uses_reference == (run is improved)
+        assert [line["model/flops"] for line in run.metrics()] == [expected] * len(run.metrics())
+
+
+def test_every_device_second_of_a_step_is_somebodys(improved):
+    roles = ("trainer", "rollout", "rewrite", "judge", "idle")
+    for line in improved.metrics():
+        parts = [line[f"cost/{role}_device_s"] for role in roles]
+        assert min(parts) > 0 and sum(parts) == pytest.approx(line["cost/device_s"])
+        assert line["cost/device_s"] == 4 * line["time/step_s"]  # two ranks, a thread a server
+        assert line["cost/judge_device_s"] == line["time/judge_s"]
+        assert "model/mfu" not in line  # nobody said what these cores can do
 
 
 def test_first_dpo_loss_is_log_two_and_its_margin_nothing(improved):

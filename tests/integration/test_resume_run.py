@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from tiny_run import NTP, SIP
 
+from megatron_sip.metrics import metric
+
 STEPS, INTERVAL = 40, 4
 
 
@@ -32,10 +34,12 @@ def last_checkpoint(run):
 
 def learned(run):
     """The last line of each step, without what depends on the clock or on who was asked."""
-    skip = ("time/", "memory/", "sync/", "judge/", "rollout/tokens", "rollout/length", "rewrite/",
-            "policy/lag", "pool/dropped", "eval/")  # fmt: skip
-    lines = {line["step"]: line for line in run.metrics()}
-    return [{k: v for k, v in lines[s].items() if not k.startswith(skip)} for s in sorted(lines)]
+    asked = ("judge/", "rollout/length", "rewrite/", "policy/lag", "pool/dropped", "eval/")
+    lines = {line.pop("step"): line for line in run.metrics()}
+    return [
+        {k: v for k, v in lines[s].items() if not (metric(k).clock or k.startswith(asked))}
+        for s in sorted(lines)
+    ]
 
 
 @pytest.fixture(scope="module")

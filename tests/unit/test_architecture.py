@@ -27,16 +27,21 @@ RESERVED = {
     "megatron.training": set(),
     "megatron.rl": set(),
     "megatron.bridge": set(),
+    "torch.utils.tensorboard": {"sinks/tensorboard.py"},
+    "wandb": {"sinks/weights_and_biases.py"},
+    "mlflow": {"sinks/mlflow.py"},
+    "prometheus_client": {"sinks/prometheus.py"},
 }  # fmt: skip
 
 # style section 8; a file may import its own layer and those before it
 LAYERS = {
-    1: ("types", "errors", "config", "config_rules", "recipe"),
+    1: ("types", "errors", "config", "config_base", "config_metrics", "config_rules", "recipe"),
     2: (
         "pool", "rows", "curriculum", "objectives.", "metrics", "data.permutation",
         "judge.schedules", "judge.scoring", "judge.prompts", "judge.criteria",
         "judge.text_model", "rewrite_text",
         "evaluation.statistics", "convert.names", "rollout.digest",
+        "cost", "explain.flops", "explain.hardware", "explain.shapes",
     ),
     4: ("step", "resume", "assembly"),
     5: ("train", "explain."),
@@ -90,7 +95,7 @@ def test_only_the_named_files_use(package: str) -> None:
     assert users <= RESERVED[package]
 
 
-@pytest.mark.parametrize("name", ["config.py", "types.py"])
+@pytest.mark.parametrize("name", ["config.py", "config_metrics.py", "sinks/check.py", "types.py"])
 def test_config_and_types_import_no_torch_when_they_run(name: str) -> None:
     tree = tree_of(PACKAGE / name)
     for node in ast.walk(tree):
@@ -174,6 +179,8 @@ def test_nothing_is_pickled_or_evaluated() -> None:
 
 def test_handler_of_every_exception_raises_again() -> None:
     for path in FILES:
+        if name_of(path) == "sinks/guarded.py":
+            continue  # no failure of a dashboard's library, of whatever kind, may end a run
         for node in ast.walk(tree_of(path)):
             if not isinstance(node, ast.ExceptHandler):
                 continue
