@@ -1,5 +1,6 @@
-"""A real run with TensorBoard and Prometheus: scraped while it goes on, killed, resumed."""
+"""A real run with TensorBoard, Prometheus and W&B: scraped while it goes on, killed, resumed."""
 
+import importlib.util
 import json
 import signal
 import socket
@@ -13,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_run import NTP, free_port
 
 STEPS, INTERVAL, PEAK_TFLOPS = 60, 4, 0.1
+WANDB = importlib.util.find_spec("wandb") is not None
 
 
 def get(port, path):
@@ -52,6 +54,7 @@ def watched(workplace, launch):
     """A run that was scraped, killed and resumed, with what was scraped."""
     port = free_port()
     metrics = {"prometheus": {"port": port}, "peak_tflops": PEAK_TFLOPS}
+    metrics |= {"wandb": {"project": "p", "mode": "offline"}} if WANDB else {}
     recipe = workplace.recipe(
         NTP, "watched", run__steps=STEPS, checkpoint__interval=INTERVAL, metrics=metrics
     )
@@ -87,6 +90,14 @@ def test_tensorboard_holds_what_metrics_jsonl_holds(watched):
     for name in ("loss", "grad_norm", "model/flops", "time/step_s"):
         expected = [(step, pytest.approx(lines[step][name], rel=1e-6)) for step in sorted(lines)]
         assert scalars(run, name) == expected
+
+
+@pytest.mark.skipif(not WANDB, reason="wandb is not installed (extra sinks)")
+def test_both_parts_are_one_wandb_run(watched):  # that its process is gone, too: `watched`
+    run, _, _ = watched
+    (run_id,) = json.loads((run.run_dir / "sinks.json").read_text()).values()
+    files = list((run.run_dir / "wandb").glob("offline-run-*/*.wandb"))
+    assert [f.name for f in files] == [f"run-{run_id}.wandb"] * 2
 
 
 def test_utilisation_follows_from_flops_and_time(watched):
