@@ -222,19 +222,21 @@ class PointwiseCriterion(Section):
     prompt: str
 
 
-class RarityCriterion(Section):
-    """Minus the mean log-frequency in data.train of the candidate's word pairs, nats a pair.
+class NoveltyCriterion(Section):
+    """Expected share of the candidate's word pairs that other texts do not hold, in [0, 1].
 
-    Asks no server. Beside a likelihood it takes out what the frequency of phrases explains.
+    Asks no server. Beside a likelihood it keeps common phrases from being all that is learned.
     """
 
-    form: Literal["rarity"]
+    form: Literal["novelty"]
     name: str
     weight: float = 1.0
+    pairs: PositiveInt = 4096
+    """Word pairs of the other texts; their frequencies are those of data.train."""
 
 
 AskedCriterion = LikelihoodCriterion | PairwiseCriterion | PointwiseCriterion
-Criterion = Annotated[AskedCriterion | RarityCriterion, Field(discriminator="form")]
+Criterion = Annotated[AskedCriterion | NoveltyCriterion, Field(discriminator="form")]
 
 
 class Judge(Section):

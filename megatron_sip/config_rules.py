@@ -76,7 +76,7 @@ def _sip_rules(c: Config) -> list[tuple[bool, str]]:
     users |= {
         f"judge.criteria[{i}].server": x.server
         for i, x in enumerate(c.judge.criteria)
-        if x.form != "rarity"
+        if x.form != "novelty"
     }
     if c.rewriter:
         users["rewriter.server"] = c.rewriter.server

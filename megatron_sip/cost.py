@@ -73,7 +73,7 @@ def _servers_of_roles(config: Config) -> dict[str, set[str]]:
     return {
         "rollout": {config.rollout.server},
         "rewrite": {config.rewriter.server} if config.rewriter else set(),
-        "judge": {c.server for c in config.judge.criteria if c.form != "rarity"},
+        "judge": {c.server for c in config.judge.criteria if c.form != "novelty"},
     }
 
 

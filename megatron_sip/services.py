@@ -22,7 +22,7 @@ from megatron_sip.data.indexed_dataset import IndexedDataset
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.judge.cache import Cache
 from megatron_sip.judge.judge import Judge
-from megatron_sip.judge.rarity import Rarity
+from megatron_sip.judge.novelty import Novelty
 from megatron_sip.judge.served_model import ServedModel, folder_digest
 from megatron_sip.judge.text_model import JudgeTokenizer
 from megatron_sip.platform import Platform
@@ -106,10 +106,10 @@ def connect(
         prefix_tokens=config.evaluation.prefix_tokens,
     )
     criteria = config.judge.criteria
-    used = {c.server for c in criteria if c.form != "rarity"} | {evaluation.server}
-    rarity = None
-    if any(c.form == "rarity" for c in criteria):
-        rarity = Rarity(pair_frequencies(train), tokenizer.eod)
+    used = {c.server for c in criteria if c.form != "novelty"} | {evaluation.server}
+    novelty = None
+    if any(c.form == "novelty" for c in criteria):
+        novelty = Novelty(pair_frequencies(train), tokenizer.eod)
     if config.rewriter:
         used.add(config.rewriter.server)
     models = {name: _served_model(config, name, endpoints[name]) for name in used}
@@ -125,7 +125,7 @@ def connect(
             cache=cache,
             settings=config.judge,
             prefix_text=prefix_text,
-            rarity=rarity,
+            novelty=novelty,
         )
 
     rewriter = None

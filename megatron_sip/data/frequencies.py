@@ -9,7 +9,6 @@ import numpy as np
 from megatron_sip.data.indexed_dataset import IndexedDataset
 
 MAX_TOKENS = 2**24  # enough to know the common pairs; counted in seconds
-UNSEEN = 0.5  # count of a pair that does not occur
 
 
 @dataclass(frozen=True)
@@ -25,16 +24,16 @@ class PairFrequencies:
     counts: np.ndarray
     vocab_size: int
 
-    def log_share(self, token_ids: np.ndarray) -> np.ndarray:
-        """Natural log of the share of each adjacent pair; unseen pairs count `UNSEEN` times.
+    def share(self, token_ids: np.ndarray) -> np.ndarray:
+        """Share of each adjacent pair among all that were counted, 0 for one that was not.
 
         Args:    token_ids: int[T].
         Returns: float64[max(T - 1, 0)].
         """
         wanted = _codes(np.asarray(token_ids), self.vocab_size)
         place = np.minimum(np.searchsorted(self.codes, wanted), len(self.codes) - 1)
-        found = np.where(self.codes[place] == wanted, self.counts[place], UNSEEN)
-        return np.log(found / self.counts.sum())
+        found = np.where(self.codes[place] == wanted, self.counts[place], 0)
+        return found / self.counts.sum()
 
 
 def pair_frequencies(dataset: IndexedDataset, *, max_tokens: int = MAX_TOKENS) -> PairFrequencies:

@@ -100,7 +100,7 @@ def _judges(
     roles = []
     for criterion in config.judge.criteria if config.judge else ():
         count, name = work.verdicts[criterion.name], f"judge: {criterion.name}"
-        if criterion.form == "rarity":
+        if criterion.form == "novelty":
             roles.append(Role(name, TRAINER, 0, 0, 0, 0.0, 0.0))
             continue
         prompts = Prompts(

@@ -132,7 +132,7 @@ def _askers(config: Config) -> dict[str, _Asker]:
     for role, criterion in {**criteria, "evaluation: judge": evaluation}.items():
         if criterion.form == "likelihood":
             askers[role] = _Asker(criterion.server, criterion.prefix_tokens, None, criterion, 1)
-        elif criterion.form != "rarity":
+        elif criterion.form != "novelty":
             askers[role] = _Asker(
                 criterion.server, None, load_prompt(criterion.prompt), criterion,
                 2 if criterion.form == "pairwise" else 1,

@@ -44,7 +44,7 @@ def server_plans(config: Config, policy: Shape) -> tuple[ServerPlan, ...]:
 def _users(config: Config, name: str) -> tuple[str, ...]:
     assert config.rollout is not None and config.judge is not None
     pairs = [("rollout", config.rollout.server), ("evaluation", config.evaluation.server)]
-    pairs += [(f"judge: {c.name}", c.server) for c in config.judge.criteria if c.form != "rarity"]
+    pairs += [(f"judge: {c.name}", c.server) for c in config.judge.criteria if c.form != "novelty"]
     if config.rewriter:
         pairs.append(("rewrite", config.rewriter.server))
     return tuple(user for user, server in pairs if server == name)

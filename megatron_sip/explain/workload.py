@@ -27,7 +27,7 @@ class Workload:
     candidates: int
     """Of one pool, if none is dropped."""
     verdicts: dict[str, int]
-    """By criterion; "rarity" ones are computed and ask no server."""
+    """By criterion; "novelty" ones are computed and ask no server."""
     rows: int
     row_length: int
     """Positions of a padded row."""
@@ -95,9 +95,9 @@ def verdicts_per_pool(config: Config, candidates: int) -> dict[str, int]:
     """Verdicts on one pool by criterion, counted on the schedule's own questions."""
     if config.judge is None:
         return {}
-    asked = [c for c in config.judge.criteria if c.form != "rarity"]
+    asked = [c for c in config.judge.criteria if c.form != "novelty"]
     questions = next_questions(config.judge.schedule, (), candidates, 0, criteria=asked)
     found = Counter(q.criterion for q in questions)
     return {
-        c.name: candidates if c.form == "rarity" else found[c.name] for c in config.judge.criteria
+        c.name: candidates if c.form == "novelty" else found[c.name] for c in config.judge.criteria
     }

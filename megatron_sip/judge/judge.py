@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from megatron_sip import config
 from megatron_sip.judge.asking import Asker, derived_seed
 from megatron_sip.judge.cache import Cache
-from megatron_sip.judge.rarity import Rarity
+from megatron_sip.judge.novelty import Novelty
 from megatron_sip.judge.schedules import next_questions
 from megatron_sip.judge.scoring import score_pool
 from megatron_sip.judge.served_model import ServedModel
@@ -35,19 +35,19 @@ class Judge:
         cache: Cache,
         settings: config.Judge,
         prefix_text: Callable[[SipSample, int], str],
-        rarity: Rarity | None = None,
+        novelty: Novelty | None = None,
     ) -> None:
         """Args: servers: by recipe name. prefix_text: (sample, n) to the text of the last n
-                policy tokens of the prefix. rarity: needed by a criterion of this form.
+                policy tokens of the prefix. novelty: needed by a criterion of this form.
         Raises: ValueError naming a criterion whose server or prompt does not fit.
         """
         self._criteria, self._settings = tuple(criteria), settings
-        self._asked = [c for c in criteria if c.form != "rarity"]
+        self._asked = [c for c in criteria if c.form != "novelty"]
         self._servers = {c.server: servers[c.server] for c in self._asked if c.server in servers}
         self._asker = Asker(self._asked, servers=servers, cache=cache, prefix_text=prefix_text)
-        self._rarity = rarity
-        if rarity is None and len(self._asked) < len(self._criteria):
-            raise ValueError('a criterion of form "rarity" needs token frequencies; give them')
+        self._novelty = novelty
+        if novelty is None and len(self._asked) < len(self._criteria):
+            raise ValueError('a criterion of form "novelty" needs token frequencies; give them')
 
     def judge_pools(self, pools: Sequence[CandidatePool], *, seed: int) -> Judged:
         """Ask until the schedule is done, then score.
@@ -92,21 +92,21 @@ class Judge:
             "seconds": time.monotonic() - start,
         }
         for pool, known in zip(pools, verdicts, strict=True):
-            known += self._rarity_verdicts(pool)
+            known += self._novelty_verdicts(pool)
         rewards = [
             score_pool(known, len(pool.candidates), self._criteria)
             for pool, known in zip(pools, verdicts, strict=True)
         ]
         return rewards, [tuple(known) for known in verdicts], counts | servers.counts()
 
-    def _rarity_verdicts(self, pool: CandidatePool) -> list[Verdict]:
-        """One verdict for each candidate and criterion of form "rarity"."""
+    def _novelty_verdicts(self, pool: CandidatePool) -> list[Verdict]:
+        """One verdict for each candidate and criterion of form "novelty"."""
         verdicts = []
         for criterion in self._criteria:
-            if criterion.form == "rarity":
-                assert self._rarity is not None
+            if criterion.form == "novelty":
+                assert self._novelty is not None
                 for i, candidate in enumerate(pool.candidates):
-                    score = self._rarity.score(candidate)
+                    score = self._novelty.score(candidate, pairs=criterion.pairs)
                     said = "not asked: no token to count" if score is None else f"{score:.6g}"
                     verdicts.append(Verdict(criterion.name, i, -1, 0, score, said))
         return verdicts

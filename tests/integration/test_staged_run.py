@@ -14,7 +14,7 @@ STEPS = 5
 CRITERIA = [
     {"form": "pairwise", "name": "quality", "server": "judge", "prompt": "quality_pairwise_v1"},
     {"form": "pointwise", "name": "safety", "server": "judge", "prompt": "safety_pointwise_v1"},
-    {"form": "rarity", "name": "rarity", "weight": 0.1},
+    {"form": "novelty", "name": "novelty", "weight": 0.1},
 ]
 STAGED = {
     "kind": "staged",
@@ -74,9 +74,9 @@ def test_verdicts_of_a_real_server_are_probabilities_that_hang_on_the_text(stage
         count = len(record.pool.candidates)
         asked = [v.criterion for v in record.verdicts]
         assert asked.count("quality") == count * (count - 1) // 2
-        assert asked.count("safety") == asked.count("rarity") == count
+        assert asked.count("safety") == asked.count("novelty") == count
         assert record.rewards.by_criterion["quality"].sum() == pytest.approx(count / 2, abs=1e-5)
-        assert (record.rewards.by_criterion["rarity"] > 0).all()
+        assert (record.rewards.by_criterion["novelty"] > 0).all()
         assert record.rewards.num_missing == 0
 
 

@@ -46,7 +46,7 @@ def stages(config: Config) -> list[Workload]:
 def test_quickstart_step_by_hand() -> None:
     (work,) = stages(recipe("quickstart"))
     assert (work.prompts, work.rollouts, work.rewrites, work.candidates) == (8, 64, 8, 10)
-    assert work.verdicts == {"likelihood": 80, "rarity": 80}
+    assert work.verdicts == {"likelihood": 80, "novelty": 80}
     # three pairs and the suffix; 64 + 32 tokens less the last
     assert (work.rows, work.row_length, work.row_tokens) == (8 * 7, 95, 56 * 95)
     assert (work.rows_per_micro_batch, work.micro_batches) == (28, 1)
@@ -136,12 +136,12 @@ def test_roles_of_the_quickstart() -> None:
     policy = policy_shape(config.model, vocab_size=4096)
     found = roles(config, {"policy": policy, "judge": SMALL})
     assert list(found) == [
-        "rollout", "rewrite", "judge: likelihood", "judge: rarity", "reference", "train",
+        "rollout", "rewrite", "judge: likelihood", "judge: novelty", "reference", "train",
         "evaluation", "evaluation: rollout", "evaluation: judge",
     ]  # fmt: skip
     assert found["rollout"].new_tokens == 64 * 32
     assert found["judge: likelihood"].prompt_tokens == 80 * (64 + 32)  # at the most
-    assert found["judge: rarity"].flops == 0
+    assert found["judge: novelty"].flops == 0
     train, reference = found["train"].flops, found["reference"].flops
     assert train is not None and reference is not None and train == 3 * reference
     # 512 prefixes, twice in 40 steps; two scorers on 512 rows of 95 positions

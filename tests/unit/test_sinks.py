@@ -209,7 +209,7 @@ def test_online_needs_a_key_of_the_environment(tmp_path: Path, monkeypatch) -> N
 def test_criteria_that_would_be_one_gauge_are_refused(tmp_path: Path) -> None:
     criteria = (
         'judge.criteria=[{ form = "likelihood", name = "is-safe", server = "judge" }, '
-        '{ form = "rarity", name = "is.safe" }]'
+        '{ form = "novelty", name = "is.safe" }]'
     )
     assert check_sinks(recipe(tmp_path, criteria)) == []
     (problem,) = check_sinks(recipe(tmp_path, criteria, "metrics.prometheus.port=9400"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +15,11 @@ from megatron_sip import config
 from megatron_sip.data.frequencies import PairFrequencies, pair_frequencies
 from megatron_sip.judge.cache import Cache
 from megatron_sip.judge.judge import Judge
-from megatron_sip.judge.rarity import Rarity
+from megatron_sip.judge.novelty import Novelty
 
 EOD = 1
 LIKELIHOOD = config.LikelihoodCriterion(form="likelihood", name="l", server="j")
-RARITY = config.RarityCriterion(form="rarity", name="r", weight=0.5)
+NOVELTY = config.NoveltyCriterion(form="novelty", name="r", weight=0.5)
 FREQUENCIES = PairFrequencies(np.array([3 * 600 + 4, 4 * 600 + 3]), np.array([6, 2]), 600)
 
 
@@ -31,8 +30,8 @@ def test_pairs_are_counted_inside_documents(tmp_path: Path) -> None:
         (int(c) // 8, int(c) % 8): int(n) for c, n in zip(found.codes, found.counts, strict=True)
     }
     assert pairs == {(5, 6): 2, (6, 5): 2, (6, EOD): 1, (5, EOD): 1}
-    shares = np.exp(found.log_share(np.array([5, 6, EOD, 7])))
-    np.testing.assert_allclose(shares, [2 / 6, 1 / 6, 0.5 / 6], rtol=1e-12)
+    shares = found.share(np.array([5, 6, EOD, 7]))
+    np.testing.assert_allclose(shares, [2 / 6, 1 / 6, 0], rtol=1e-12)
 
 
 def test_codes_do_not_overflow_with_a_large_vocabulary() -> None:
@@ -40,7 +39,7 @@ def test_codes_do_not_overflow_with_a_large_vocabulary() -> None:
     code = (last - 1) * last + last - 1
     frequencies = PairFrequencies(np.array([0, code]), np.array([1, 3]), last)
     tokens = np.array([last - 1, last - 1], dtype=np.int32)
-    assert np.exp(frequencies.log_share(tokens)) == pytest.approx([0.75])
+    assert frequencies.share(tokens) == pytest.approx([0.75])
 
 
 def test_a_large_dataset_is_read_at_even_steps_and_no_further(tmp_path: Path) -> None:
@@ -51,23 +50,37 @@ def test_a_large_dataset_is_read_at_even_steps_and_no_further(tmp_path: Path) ->
     assert (found.codes // 8).tolist() == [0, 6] and found.counts.tolist() == [9, 4]
 
 
-def test_rarity_is_minus_the_mean_log_share_and_the_end_counts_for_nothing() -> None:
-    rarity = Rarity(FREQUENCIES, eod=EOD)
-    expected = -(math.log(6 / 8) + math.log(2 / 8) + math.log(0.5 / 8)) / 3
-    assert rarity.score(candidate([3, 4, 3, 9])) == pytest.approx(expected, abs=1e-12)
-    assert rarity.score(candidate([3, 4, 3, 9, EOD])) == pytest.approx(expected, abs=1e-12)
-    assert rarity.score(candidate([3, EOD])) is None
+def test_novelty_is_the_mean_chance_that_others_lack_a_pair_end_of_text_left_out() -> (
+    None
+):
+    novelty = Novelty(FREQUENCIES, eod=EOD)
+    expected = ((1 - 6 / 8) ** 3 + (1 - 2 / 8) ** 3 + 1.0) / 3
+    assert novelty.score(candidate([3, 4, 3, 9]), pairs=3) == pytest.approx(expected, abs=1e-12)
+    assert novelty.score(candidate([3, 4, 3, 9, EOD]), pairs=3) == pytest.approx(
+        expected, abs=1e-12
+    )
+    assert novelty.score(candidate([3, EOD]), pairs=3) is None
 
 
-def judge(url: str, folder: Path, rarity: Rarity | None) -> Judge:
-    criteria = (LIKELIHOOD, RARITY)
+def test_it_is_the_expectation_of_what_a_text_adds_to_the_distinct_pairs_of_others() -> None:
+    """Against drawing: 20 pairs with the frequencies of `FREQUENCIES`, 4,000 times."""
+    generator = np.random.default_rng(0)
+    others = generator.choice(2, size=(4000, 20), p=[0.75, 0.25])  # 0: (3, 4), 1: (4, 3)
+    new = [1 - (others == pair).any(axis=1) for pair in (0, 1)]
+    drawn = np.mean([new[0], new[1], np.ones(4000)], axis=0).mean()
+    found = Novelty(FREQUENCIES, eod=EOD).score(candidate([3, 4, 3, 9]), pairs=20)
+    assert found == pytest.approx(drawn, abs=2e-3)
+
+
+def judge(url: str, folder: Path, novelty: Novelty | None) -> Judge:
+    criteria = (LIKELIHOOD, NOVELTY)
     return Judge(
         criteria,
         servers={"j": served(url, folder)},
         cache=Cache(folder / "cache"),
         settings=config.Judge(criteria=criteria, cache_dir=folder / "cache"),
         prefix_text=lambda sample, num: "prefix",
-        rarity=rarity,
+        novelty=novelty,
     )
 
 
@@ -78,12 +91,12 @@ def test_it_enters_the_reward_with_its_weight_and_is_no_question(tmp_path: Path)
         candidate([3, 4], text="a b"),
         candidate([5, 3], text="c d"),
     )
-    rarity = Rarity(FREQUENCIES, EOD)
+    novelty = Novelty(FREQUENCIES, EOD)
     with scripted_server(lambda path, body: likelihood_reply(body, -2.0)) as url:
-        (rewards,), (verdicts,), counts = judge(url, folder, rarity).judge_pools([pool], seed=3)
-    rare = [rarity.score(c) for c in pool.candidates]
-    np.testing.assert_allclose(rewards.by_criterion["r"], rare, rtol=1e-6)
-    np.testing.assert_allclose(rewards.total, -2.0 + 0.5 * np.array(rare), rtol=1e-6)
+        (rewards,), (verdicts,), counts = judge(url, folder, novelty).judge_pools([pool], seed=3)
+    new = [novelty.score(c, pairs=4096) for c in pool.candidates]
+    np.testing.assert_allclose(rewards.by_criterion["r"], new, rtol=1e-6)
+    np.testing.assert_allclose(rewards.total, -2.0 + 0.5 * np.array(new), rtol=1e-6)
     assert counts["verdicts"] == 2 and counts["missing"] == 0
     assert [v.criterion for v in verdicts] == ["l", "l", "r", "r"]
 
