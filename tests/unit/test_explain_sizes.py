@@ -209,7 +209,7 @@ def test_files_are_counted_and_sized() -> None:
     expected = 80 * 32 * 8 + 64 * 32 * 4 + 8 * 64 * 8 + 160 * 40 + 2 * 8000
     assert pool_bytes(config, work_of(config), lengths) == expected
     files = {f.path: f for f in run_files(config, parameters, work_of(config), lengths)}
-    assert files["checkpoints/step_*/"].count == 2  # after 40 and at the end
+    assert files["checkpoints/step_*/"].count == 2  # after 48 and at the end
     assert files["checkpoints/weights_*/"].bytes_total == 4 * 5_048_576
     assert files["pools/step_*.parquet"].bytes_total == 50 * expected
     assert files["logs/*.log"].bytes_total is None

@@ -50,9 +50,7 @@ def test_a_large_dataset_is_read_at_even_steps_and_no_further(tmp_path: Path) ->
     assert (found.codes // 8).tolist() == [0, 6] and found.counts.tolist() == [9, 4]
 
 
-def test_novelty_is_the_mean_chance_that_others_lack_a_pair_end_of_text_left_out() -> (
-    None
-):
+def test_novelty_is_the_mean_chance_that_others_lack_a_pair_end_of_text_left_out() -> None:
     novelty = Novelty(FREQUENCIES, eod=EOD)
     expected = ((1 - 6 / 8) ** 3 + (1 - 2 / 8) ** 3 + 1.0) / 3
     assert novelty.score(candidate([3, 4, 3, 9]), pairs=3) == pytest.approx(expected, abs=1e-12)

@@ -53,7 +53,7 @@ def test_what_does_not_change_the_result_may_change(stopped: Path, change: str) 
     ("change", "said"),
     [
         ("run.seed=2", "run.seed was 1, is 2"),
-        ("run.steps=50", "run.steps was 40, is 50"),
+        ("run.steps=50", "run.steps was 48, is 50"),
         ("objective.beta=0.2", "objective.beta was 0.1, is 0.2"),
         ("model.num_layers=8", "model.num_layers was 4, is 8"),
         ("rollout.num_rollouts=4", "rollout.num_rollouts was 8, is 4"),
