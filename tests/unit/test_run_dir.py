@@ -30,12 +30,12 @@ def test_saved_recipe_loads_back_equal(tmp_path: Path, recipe: Path) -> None:
 
 
 def test_saved_recipe_keeps_overrides_and_states_defaults(tmp_path: Path) -> None:
-    overrides = ("optimizer.lr=2e-5", "evaluation.seed=7")
+    overrides = ("optimizer.lr=5e-5", "evaluation.seed=7")
     config = load_config(RECIPE, overrides)
     create_run_dir(tmp_path, config)
     assert load_config(tmp_path / "config.toml") == config
     text = (tmp_path / "config.toml").read_text()
-    assert "adam_beta2 = 0.95" in text and "\nlr = 2e-05" in text
+    assert "adam_beta2 = 0.95" in text and "\nlr = 5e-05" in text
 
 
 def test_folders_are_made_in_an_empty_folder(tmp_path: Path) -> None:
