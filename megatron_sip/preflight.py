@@ -51,7 +51,7 @@ def check(
     Raises: ValueError with one message for each thing that is wrong.
     """
     found = problems(config, servers=pools_dir is None, resume=resume)
-    sinks = check_sinks(config) if environment.get("RANK") == "0" else []
+    sinks = check_sinks(config) if environment.get("RANK", "0") == "0" else []
     refuse([*_ranks(config, environment), *found, *_pools(config, pools_dir), *sinks])
 
 

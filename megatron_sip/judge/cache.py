@@ -99,8 +99,10 @@ def _open_existing(path: Path) -> sqlite3.Connection | None:
     try:
         connection = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=LOCK_TIMEOUT_S)
         connection.execute("PRAGMA query_only = ON")
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        connection.execute("BEGIN")  # both reads see one state of a file that is being made
         (tables,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        connection.execute("COMMIT")
     except sqlite3.DatabaseError as error:
         raise ValueError(
             f"{path} cannot be read as a verdict cache ({error}); move it away"

@@ -117,5 +117,5 @@ def test_a_port_in_use_stops_the_run_before_it_begins(workplace, launch):
         recipe = workplace.recipe(NTP, "port-in-use", metrics={"prometheus": {"port": port}})
         run = launch(recipe, torchrun=False).wait(120)
     assert run.process.returncode == 1
-    assert f"metrics.prometheus: cannot listen on host 127.0.0.1 port {port}" in run.errors()[0]
+    assert f"metrics.prometheus: cannot listen on host 127.0.0.1 port {port}" in run.stderr()
     assert not run.run_dir.exists()

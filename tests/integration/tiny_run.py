@@ -117,6 +117,7 @@ class TrainerRun:
             "TMPDIR": str(self.temp_dir),
             "PYTHONPATH": os.environ.get("PYTHONPATH", str(ROOT)),
         }
+        env.pop("WANDB_SERVICE", None)  # of a test in this process that used the library
         self.begun = time.monotonic()
         self.out = (recipe.parent / f"{self.name}.out").open("w+")
         self.err = (recipe.parent / f"{self.name}.err").open("w+")

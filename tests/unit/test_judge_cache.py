@@ -3,11 +3,13 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import threading
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_sip.judge import cache as cache_module
 from megatron_sip.judge.cache import Cache, content_key
 
 WRITER = """
@@ -122,3 +124,16 @@ def test_the_key_depends_on_content_not_on_order(parts):
     backwards = dict(reversed(parts.items()))
     assert content_key(parts) == content_key(backwards)
     assert content_key(parts) != content_key({**parts, "vote!": 1, "\0": 2})
+
+
+def test_a_file_that_is_just_being_made_is_not_taken_for_one_of_another_schema(tmp_path):
+    for i in range(200):  # without one transaction for both reads a twelfth of them failed
+        path = tmp_path / f"{i}.sqlite"
+        maker = threading.Thread(target=lambda path=path: cache_module._create(path).close())
+        maker.start()
+        while not path.exists():
+            pass
+        while (found := cache_module._open_existing(path)) is None:
+            pass
+        found.close()
+        maker.join()
