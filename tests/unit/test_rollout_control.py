@@ -111,7 +111,7 @@ def test_calls_out_of_order_are_refused_and_never_sent(order):
 def test_a_failure_names_server_and_phase_and_nothing_is_resumed_after_it(phase, failure):
     servers = [FakeServer("good"), FakeServer("bad", fail={phase: failure})]
     with rollout_servers(*servers) as endpoints:
-        client = client_of(endpoints, timeout_s=0.5)
+        client = client_of(endpoints, timeout_s=2.0)  # the good server must answer in it
         with pytest.raises(WeightExchangeFailed, match=f"server bad: {phase}"):
             client.init_weight_transfer_engine({"root": "/x"})
             whole_exchange(client)
