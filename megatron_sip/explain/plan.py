@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from megatron_sip import preflight
 from megatron_sip.config import Config
 from megatron_sip.explain.files import Files, run_files
 from megatron_sip.explain.memory import Memory, rank_memory
@@ -62,15 +61,17 @@ class Explanation:
         return self.missing + self.unfit
 
 
-def explain(config: Config, *, servers_start: bool = True) -> Explanation:
+def explain(
+    config: Config, *, missing: tuple[str, ...] = (), servers_start: bool = True
+) -> Explanation:
     """Explain a valid recipe.
 
-    Args:   servers_start: False for a replay of recorded pools.
+    Args:   missing: what `preflight.problems` found; () after a preflight that passed.
+            servers_start: False for a replay of recorded pools.
     Raises: ValueError if the recipe cannot run anywhere: a server's settings contradict the
             platform, its URL carries a password, or a prompt does not exist.
     """
     refuse_secrets(config)  # all that the recipe holds is shown
-    missing = preflight.problems(config)
     data, tokenizer, sampler = open_files(config)
     lengths = measure_lengths(config, tokenizer, sampler)
     policy = policy_shape(config.model, vocab_size=data.vocab_size)

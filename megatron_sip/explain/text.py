@@ -9,6 +9,7 @@ from typing import TextIO
 
 from rich.console import Console
 
+from megatron_sip import preflight
 from megatron_sip.config import Config
 from megatron_sip.explain.numbers import bytes_text
 from megatron_sip.explain.plan import Explanation, explain
@@ -29,7 +30,8 @@ def print_explanation(config: Config, *, as_json: bool) -> None:
 
     Raises: ValueError if the recipe cannot run anywhere, see `plan.explain`.
     """
-    (print_json if as_json else print_text)(explain(config))
+    found = explain(config, missing=preflight.problems(config))
+    (print_json if as_json else print_text)(found)
 
 
 def print_json(found: Explanation, file: TextIO | None = None) -> None:
