@@ -1,7 +1,8 @@
 """The recipe's keys as frozen models. Every default lives here; no torch is imported.
 
 Unknown keys and wrong types are errors; rules that span sections stand in `config_rules.py`, the
-section [metrics] in `config_metrics.py`, and `recipe.py` reads files. Validation never assigns.
+sections [objective], [reference] and [metrics] in files of their own, and `recipe.py` reads files.
+Validation never assigns.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from megatron_sip.config_base import (
     Section,
 )
 from megatron_sip.config_metrics import Metrics
+from megatron_sip.config_objective import FrozenReference, Objective, Reference
 from megatron_sip.config_rules import broken_rules
 from megatron_sip.types import Source
 
@@ -265,38 +267,6 @@ class Rewriter(Section):
     timeout_s: Positive = 120.0
 
 
-class NllObjective(Section):
-    """-log pi(suffix | prefix), optionally with NTP on the prefix (method 5.1)."""
-
-    name: Literal["nll"]
-    prefix_weight: NonNegative = 0.0
-    """Weight of next-token prediction on the prefix as a second loss term."""
-
-
-class RfNllObjective(Section):
-    """-log pi(best candidate | prefix) (method 5.3)."""
-
-    name: Literal["rf_nll"]
-    prefix_weight: NonNegative = 0.0
-
-
-class DpoObjective(Section):
-    """Online DPO on the best and worst candidate (method 5.4)."""
-
-    name: Literal["dpo"]
-    beta: Positive = 0.1
-    pair_sources: tuple[Source, ...] = ("suffix", "rewrite", "rollout")
-    """Candidates that may be chosen or rejected; the others are scored and logged only."""
-    pairs_per_pool: PositiveInt = 1
-    """Best with worst, second best with second worst, and so on."""
-    suffix_weight: NonNegative = 0.0
-    """Weight of NLL on the original suffix as a second loss term."""
-    prefix_weight: NonNegative = 0.0
-
-
-Objective = Annotated[NllObjective | RfNllObjective | DpoObjective, Field(discriminator="name")]
-
-
 class EmergentCurriculum(Section):
     """All sources from the first step; the judge's choice does the mixing (the paper)."""
 
@@ -359,6 +329,8 @@ class Config(Section):
     optimizer: Optimizer
     data: Data
     objective: Objective
+    reference: Reference = FrozenReference(kind="frozen")
+    """What an objective that needs one compares the policy with."""
     checkpoint: Checkpoint
     evaluation: Evaluation
     servers: dict[str, Server] = Field(default_factory=dict)

@@ -8,14 +8,8 @@ back below a lower threshold (hysteresis) and never moves before a minimum of st
 
 from __future__ import annotations
 
-from megatron_sip.config import (
-    Config,
-    EmergentCurriculum,
-    NllObjective,
-    Objective,
-    RfNllObjective,
-    StagedCurriculum,
-)
+from megatron_sip.config import Config, EmergentCurriculum, StagedCurriculum
+from megatron_sip.config_objective import NllObjective, Objective, RfNllObjective
 from megatron_sip.types import Plan, Source
 
 ORDER: tuple[Source, ...] = ("suffix", "rewrite", "rollout")

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_sip.config import Objective
+from megatron_sip.config_objective import Objective
 from megatron_sip.data.sampler import PrefixSuffixSampler
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.judge.judge import Judge

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_sip.config import DpoObjective, Objective
+from megatron_sip.config_objective import DpoObjective, Objective
 from megatron_sip.errors import RunFailed
 from megatron_sip.forward import forward_backward, with_reference
 from megatron_sip.model import Policy

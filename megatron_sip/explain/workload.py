@@ -6,7 +6,8 @@ from collections import Counter
 from dataclasses import dataclass
 
 from megatron_sip import curriculum
-from megatron_sip.config import Config, Objective
+from megatron_sip.config import Config
+from megatron_sip.config_objective import Objective
 from megatron_sip.judge.schedules import next_questions
 from megatron_sip.learner import needs_reference
 from megatron_sip.platform import Platform

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from megatron_sip.config import DpoObjective
+from megatron_sip.config_objective import DpoObjective
 from megatron_sip.objectives.terms import ORIGINAL_SUFFIX, nll_term, prefix_pick, segment_sums
 from megatron_sip.types import (
     CandidatePool,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from megatron_sip.config import NllObjective, RfNllObjective
+from megatron_sip.config_objective import NllObjective, RfNllObjective
 from megatron_sip.objectives.terms import ORIGINAL_SUFFIX, nll_term, prefix_pick
 from megatron_sip.types import CandidatePool, LossTerm, Pick, PoolRewards, TrainRows
 

@@ -11,7 +11,8 @@ import numpy as np
 import plain_llama
 import torch
 
-from megatron_sip.config import DpoObjective, Model, NllObjective, Objective, RfNllObjective
+from megatron_sip.config import Model
+from megatron_sip.config_objective import DpoObjective, NllObjective, Objective, RfNllObjective
 from megatron_sip.types import Candidate, CandidatePool, PoolRewards, SipSample
 
 VOCAB = 128

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from megatron_sip import curriculum
-from megatron_sip.config import DpoObjective, EmergentCurriculum, StagedCurriculum
+from megatron_sip.config import EmergentCurriculum, StagedCurriculum
+from megatron_sip.config_objective import DpoObjective
 
 SOURCES = ("suffix", "rewrite", "rollout")
 STAGED = StagedCurriculum(

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from pool_helpers import candidate, pool, sample
 
-from megatron_sip.config import Config, DpoObjective, NllObjective, Objective, RfNllObjective
+from megatron_sip.config import Config
+from megatron_sip.config_objective import DpoObjective, NllObjective, Objective, RfNllObjective
 from megatron_sip.experience import no_rewards
 from megatron_sip.explain.flops import Prompts, forward_flops, serving_flops, training_flops
 from megatron_sip.explain.plan import describe_platform, too_long

@@ -35,7 +35,8 @@ torch.set_num_threads(1)
 def step():
     import numpy as np
     from megatron_sip import learner, model, objectives, optimizer, parallel, platform, rows
-    from megatron_sip.config import Model, NllObjective, Optimizer, Parallel, PlatformConfig
+    from megatron_sip.config import Model, Optimizer, Parallel, PlatformConfig
+    from megatron_sip.config_objective import NllObjective
     from megatron_sip.types import CandidatePool, Pick, SipSample
     on = platform.cpu(PlatformConfig(kind="cpu"))
     start = dist.init_process_group

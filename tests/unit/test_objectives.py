@@ -11,7 +11,7 @@ import pytest
 import torch
 from pool_helpers import candidate, pool, rewards, sample
 
-from megatron_sip.config import DpoObjective, NllObjective, RfNllObjective
+from megatron_sip.config_objective import DpoObjective, NllObjective, RfNllObjective
 from megatron_sip.objectives import OBJECTIVES
 from megatron_sip.objectives.terms import segment_lengths, segment_sums, total_loss
 from megatron_sip.pool import rank
