@@ -130,6 +130,7 @@ def build_run(
         timer=timer,
         console=console,
         row_length=row_length(config.data.prefix_tokens, config.data.suffix_tokens, multiple),
+        row_multiple=multiple,
         pad=tokenizer.eod,
         vocab_size=tokenizer.vocab_size,
         state=TrainState(0, 0, 0, stats, digests | {"tokenizer": tokenizer.digest}),

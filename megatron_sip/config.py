@@ -80,6 +80,8 @@ class Model(Section):
     init_std: Positive = 0.02
     share_embeddings_and_output_weights: bool = False
     """Tied embeddings."""
+    recompute_granularity: Literal["full"] | None = None
+    """full: keep each layer's input and compute the rest again in the backward pass."""
     init: Annotated[RandomInit | MegatronInit, Field(discriminator="kind")] = RandomInit(
         kind="random"
     )

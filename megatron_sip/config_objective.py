@@ -7,13 +7,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from megatron_sip.config_base import NonNegative, Positive, PositiveInt, Section
-from megatron_sip.types import Source
+from megatron_sip.types import RowLayout, Source
 
 
 class ObjectiveSection(Section):
     """What every objective has."""
 
-    row_layout: Literal["padded", "shared_prefix"] = "padded"
+    row_layout: RowLayout = "padded"
     """padded: a row for each candidate. shared_prefix: a row for each pool, which holds the prefix
     once and the candidates as branches; the same numbers for less work."""
     prefix_weight: NonNegative = 0.0

@@ -22,9 +22,11 @@ MicroLoss = Callable[[torch.Tensor, TrainRows], tuple[torch.Tensor, torch.Tensor
 def _forward(model: Any, rows: TrainRows) -> torch.Tensor:
     """NLL float32[R, S] of the labels on the last stage, hidden states on the others."""
     return model(
-        input_ids=rows.tokens, position_ids=rows.position_ids, attention_mask=None,
+        input_ids=rows.tokens,
+        position_ids=rows.position_ids.expand(3, -1, -1),
+        attention_mask=rows.branch_ids if rows.branch_ids.numel() else None,
         labels=rows.labels,
-    )  # fmt: skip
+    )
 
 
 def _run(

@@ -46,6 +46,11 @@ def transformer_config(model: Model, parallel: Parallel, platform: Platform) -> 
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         calculate_per_token_loss=True,
+        mrope_section=[model.hidden_size // model.num_attention_heads // 2, 0, 0],
+        apply_rope_fusion=False,  # its kernel counts positions from 0 in every row
+        recompute_granularity=model.recompute_granularity,
+        recompute_method="uniform" if model.recompute_granularity else None,
+        recompute_num_layers=1 if model.recompute_granularity else None,
         **platform.transformer_config_fields(),
     )
 
@@ -73,7 +78,7 @@ def build_module(config: Any, model: Model, platform: Platform, *, vocab_size: i
         post_process=parallel_state.is_pipeline_last_stage(),
         parallel_output=True,
         share_embeddings_and_output_weights=model.share_embeddings_and_output_weights,
-        position_embedding_type="rope",
+        position_embedding_type="mrope",  # three times the same positions: RoPE that reads them
         rotary_base=model.rotary_base,
     ).to(platform.device)
     mark_tensor_parallel(module)

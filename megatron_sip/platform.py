@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from megatron_sip.branch_attention import with_branch_attention
 from megatron_sip.config import Fp8, PlatformConfig
 
 
@@ -88,12 +89,17 @@ class Platform:
         return multiple * (tensor_parallel if sequence_parallel else 1)
 
     def decoder_spec(self, config: Any) -> Any:
-        """Megatron-Core layer specs of the decoder: local on CPU, Transformer Engine on CUDA."""
+        """Megatron-Core layer specs of the decoder: local on CPU, Transformer Engine on CUDA.
+
+        Both have our core attention; on CUDA rows without branches keep Transformer Engine's.
+        """
         from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-        return get_gpt_decoder_block_spec(
-            config=config, use_transformer_engine=self.kind == "cuda", normalization="RMSNorm"
+        cuda = self.kind == "cuda"
+        spec = get_gpt_decoder_block_spec(
+            config=config, use_transformer_engine=cuda, normalization="RMSNorm"
         )
+        return with_branch_attention(spec, keep_causal=cuda)
 
     def synchronize(self) -> None:
         """Wait for all device work, side streams included (before weights are exported)."""

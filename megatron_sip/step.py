@@ -39,7 +39,8 @@ class Run:
     exchange: WeightExchange | None  # SIP only
     timer: PhaseTimer
     console: StepConsole
-    row_length: int
+    row_length: int  # of padded rows
+    row_multiple: int
     pad: int
     vocab_size: int
     state: TrainState
@@ -124,7 +125,9 @@ def share_rows(run: Run, records: list[PoolRecord]) -> list[TrainRows]:
             [r.pool for r in records],
             [r.picks for r in records],
             micro_batch_size=run.config.data.micro_batch_size,
+            layout=run.config.objective.row_layout,
             length=run.row_length,
+            multiple=run.row_multiple,
             pad=run.pad,
         )
     with run.timer("share"):

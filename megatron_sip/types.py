@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 Source = Literal["suffix", "rewrite", "rollout"]
+RowLayout = Literal["padded", "shared_prefix"]
 Role = Literal["target", "chosen", "rejected", "prefix"]
 ROLES: tuple[Role, ...] = ("target", "chosen", "rejected", "prefix")
 
@@ -117,6 +118,7 @@ class TrainRows:
     tokens: torch.Tensor  # int64[R, S]
     labels: torch.Tensor  # int64[R, S]
     position_ids: torch.Tensor  # int64[R, S]
+    branch_ids: torch.Tensor  # int32[R, S]: 0 prefix, 1.. branch, -1 padding; [R, 0] in padded rows
     segment_ids: torch.Tensor  # int32[R, S]: m whose label stands here, -1 none
     roles: torch.Tensor  # int64[M], index into ROLES
     advantages: torch.Tensor  # float32[M]

@@ -95,25 +95,33 @@ def activation_bytes(config: Config, workload: Workload, shape: Shape, *, stage:
     """Bytes that autograd keeps on a rank of one stage.
 
     Each layer keeps, in elements a token (h hidden, q and k query and key widths, f MLP width,
-    a heads, S row length, / TP for what is split):
+    a heads, d their size, S row length, / TP for what is split):
 
-        local layers (CPU):          6h + (4q + a S + 5f) / TP
+        local layers (CPU):          6h + 4d + (4q + a + 5f) / TP
         Transformer Engine (CUDA):   4h + (3q + 3k + 3f) / TP    (flash attention, not measured)
 
-    The last stage adds 3h of the final norm and V / TP of fp32 softmax. Stage i of P keeps
-    min(P - i, micro-batches) micro-batches at once (1F1B).
+    On the CPU rows that share a prefix keep their S x S mask, one for all layers of a stage. The
+    last stage adds 3h of the final norm and V / TP of fp32 softmax. With full recomputation a layer
+    keeps its input of h, and one layer at a time the rest. Stage i of P keeps min(P - i,
+    micro-batches) micro-batches at once (1F1B).
     """
     p = config.parallel
     tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
     h, q, k, f = shape.hidden_size, shape.query_size, shape.key_value_size, shape.ffn_hidden_size
     if config.platform.kind == "cpu":
-        element, layer = FP32, 6 * h + (4 * q + 5 * f) / tp
-        layer += shape.num_attention_heads * workload.row_length / tp
+        heads = shape.num_attention_heads
+        element, layer = FP32, 6 * h + 4 * q / heads + (4 * q + heads + 5 * f) / tp
     else:
         whole = 4 * h / (tp if p.sequence_parallel else 1)
         element, layer = 2, whole + (3 * q + 3 * k + 3 * f) / tp
     tokens = workload.rows_per_micro_batch * workload.row_length
-    a_batch = tokens * layer * element * shape.num_layers / pp
+    layers = shape.num_layers / pp
+    if config.model.recompute_granularity == "full":
+        a_batch = tokens * element * (h * layers + layer)
+    else:
+        a_batch = tokens * element * layer * layers
+    if config.platform.kind == "cpu" and config.objective.row_layout == "shared_prefix":
+        a_batch += tokens * workload.row_length * element
     if stage == pp - 1:
         a_batch += tokens * (3 * h * element + shape.vocab_size / tp * FP32)
     return round(a_batch * min(pp - stage, workload.micro_batches))

@@ -17,6 +17,7 @@ from megatron_sip.explain.flops import (
 from megatron_sip.explain.samples import Lengths
 from megatron_sip.explain.shapes import Shape
 from megatron_sip.explain.workload import Workload
+from megatron_sip.rows import row_length
 
 TRAINER = "trainer"
 EVALUATIONS = 2  # of a run: the start policy and the end policy
@@ -132,8 +133,9 @@ def _evaluation(
     padded = sum(count * _padded(n, dp) for n, count in times.items()) / steps
     n = sum(count * n for n, count in times.items()) / steps
     rows = padded * (2 if config.rollout else 1)  # the start policy scores continuations, too
-    flops = forward_flops(policy, rows=rows, length=work.row_length, causal_share=causal)
-    roles = [Role("evaluation", TRAINER, 0, rows * work.row_length, 0, flops, flops)]
+    length = row_length(config.data.prefix_tokens, config.data.suffix_tokens, work.row_multiple)
+    flops = forward_flops(policy, rows=rows, length=length, causal_share=causal)
+    roles = [Role("evaluation", TRAINER, 0, rows * length, 0, flops, flops)]
     if config.rollout is None:
         return roles
     rollouts = Prompts(

@@ -11,7 +11,7 @@ from megatron_sip.config_objective import Objective
 from megatron_sip.judge.schedules import next_questions
 from megatron_sip.learner import needs_reference
 from megatron_sip.platform import Platform
-from megatron_sip.rows import row_length
+from megatron_sip.rows import round_up, row_length
 from megatron_sip.types import Plan
 
 
@@ -31,7 +31,7 @@ class Workload:
     """By criterion; "novelty" ones are computed and ask no server."""
     rows: int
     row_length: int
-    """Positions of a padded row."""
+    """Positions of a row, when every prefix and candidate is as long as it may be."""
     row_multiple: int
     """Row lengths are rounded up to it (FP8 tiles, sequence-parallel slices)."""
     rows_per_micro_batch: int
@@ -62,7 +62,12 @@ def workload(config: Config, plan: Plan, platform: Platform) -> Workload:
         tensor_parallel=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
     )
-    prompts, per_pool = data.global_batch_size, rows_per_pool(settings)
+    prompts, branches = data.global_batch_size, rows_per_pool(settings)
+    length = row_length(data.prefix_tokens, data.suffix_tokens, multiple)
+    shared = settings.row_layout == "shared_prefix"
+    if shared:
+        length = round_up(data.prefix_tokens - 1 + branches * data.suffix_tokens, multiple)
+    per_pool = 1 if shared else branches
     rollouts = plan.num_rollouts if "rollout" in plan.sources else 0
     singles = sum(source in plan.sources for source in ("suffix", "rewrite"))
     candidates = rollouts + singles if config.judge else 0
@@ -76,7 +81,7 @@ def workload(config: Config, plan: Plan, platform: Platform) -> Workload:
         candidates=candidates,
         verdicts={n: prompts * k for n, k in verdicts_per_pool(config, candidates).items()},
         rows=prompts * per_pool,
-        row_length=row_length(data.prefix_tokens, data.suffix_tokens, multiple),
+        row_length=length,
         row_multiple=multiple,
         rows_per_micro_batch=data.micro_batch_size * per_pool,
         micro_batches=prompts // (data.micro_batch_size * parallel.data_parallel_size),
@@ -85,8 +90,8 @@ def workload(config: Config, plan: Plan, platform: Platform) -> Workload:
 
 
 def rows_per_pool(settings: Objective) -> int:
-    """Rows that an objective makes of one pool; a prefix that is trained on needs none of its own.
-    """  # fmt: skip
+    """Candidates that an objective trains on in one pool: padded rows, or branches of one row. A
+    prefix that is trained on needs none of its own."""
     if settings.name == "dpo":
         return 2 * settings.pairs_per_pool + (settings.suffix_weight > 0)
     return 1

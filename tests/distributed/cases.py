@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import plain_llama
@@ -71,7 +71,14 @@ def _cases() -> list[Case]:
     ]
 
 
-CASES = {case.name: case for case in _cases()}
+CASES = {case.name: case for case in _cases()} | {
+    f"{case.name}_shared": replace(
+        case,
+        name=f"{case.name}_shared",
+        objective=case.objective.model_copy(update={"row_layout": "shared_prefix"}),
+    )
+    for case in _cases()
+}
 
 
 def pools_of(case: Case) -> tuple[list[CandidatePool], list[PoolRewards]]:

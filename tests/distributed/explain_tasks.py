@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
 from workers import Context
 
 from megatron_sip.config import Config
@@ -25,6 +25,11 @@ from megatron_sip.optimizer import build_optimizer, build_scheduler
 from megatron_sip.parallel import shard
 from megatron_sip.rows import make_micro_batches, row_length
 from megatron_sip.types import Candidate, CandidatePool, PoolRewards, SipSample, TrainRows
+
+ATTENTION = {  # the counter knows the GPU's kernels; of the CPU's the shapes are the same
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
 
 
 def measured_step(ctx: Context, config: Config, vocab_size: int) -> dict[str, Any]:
@@ -44,7 +49,8 @@ def measured_step(ctx: Context, config: Config, vocab_size: int) -> dict[str, An
         saved[tensor.untyped_storage().data_ptr()] = tensor  # alive, so that none is reused
         return tensor
 
-    with saved_tensors_hooks(keep, lambda tensor: tensor), FlopCounterMode(display=False) as flops:
+    counter = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+    with saved_tensors_hooks(keep, lambda tensor: tensor), counter as flops:
         learner.learn(
             micro_batches(ctx, config, vocab_size), config.objective, reference=frozen, version=0,
             fresh_reference=False,
@@ -116,5 +122,11 @@ def micro_batches(ctx: Context, config: Config, vocab_size: int) -> list[TrainRo
     picks = OBJECTIVES[config.objective.name][0](pools, rewards, config.objective, order)
     length = row_length(data.prefix_tokens, data.suffix_tokens, 1)
     return make_micro_batches(
-        pools, picks, micro_batch_size=data.micro_batch_size, length=length, pad=0
+        pools,
+        picks,
+        micro_batch_size=data.micro_batch_size,
+        length=length,
+        multiple=1,
+        pad=0,
+        layout=config.objective.row_layout,
     )

@@ -117,7 +117,13 @@ def micro_batches(case: cases.Case, positions: np.ndarray) -> list[TrainRows]:
     ]
     picks = OBJECTIVES[case.objective.name][0](pools, rewards, case.objective, order)
     return make_micro_batches(
-        pools, picks, micro_batch_size=case.micro_batch_size, length=LENGTH, pad=0
+        pools,
+        picks,
+        micro_batch_size=case.micro_batch_size,
+        length=LENGTH,
+        multiple=1,
+        pad=0,
+        layout=case.objective.row_layout,
     )
 
 

@@ -32,12 +32,14 @@ def recipe(name: str, *overrides: str) -> Config:
 @pytest.mark.parametrize("reference", [False, True])
 def test_flops_are_those_of_the_padded_rows(reference: bool) -> None:
     settings = recipe("quickstart", "objective.suffix_weight=1.0").objective
-    pools = [pool(sample(i, (1, 2, 3), (4, 5)), *[candidate((6, 7))] * 6) for i in range(3)]
-    picks = OBJECTIVES[settings.name][0](pools, [no_rewards(6)] * 3, settings, [()] * 3)
-    batches = make_micro_batches(pools, picks, micro_batch_size=2, length=8, pad=0)
-    assert [len(b.tokens) for b in batches] == [14, 7]  # three pairs and the suffix of each
+    pools = [pool(sample(i, (1, 2, 3), (4, 5)), *[candidate((6, 7))] * 6) for i in range(4)]
+    picks = OBJECTIVES[settings.name][0](pools, [no_rewards(6)] * 4, settings, [()] * 4)
+    batches = make_micro_batches(
+        pools, picks, micro_batch_size=2, length=8, multiple=1, pad=0, layout="padded"
+    )
+    assert [len(b.tokens) for b in batches] == [14, 14]  # three pairs and the suffix of each
     found = step_flops(SHAPE, batches, uses_reference=reference, platform_kind="cuda")
-    rows = {"rows": 21, "length": 8, "causal_share": 0.5}
+    rows = {"rows": 28, "length": 8, "causal_share": 0.5}
     assert found == training_flops(SHAPE, **rows) + reference * forward_flops(SHAPE, **rows)
     assert found < step_flops(SHAPE, batches, uses_reference=reference, platform_kind="cpu")
 

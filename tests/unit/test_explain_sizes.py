@@ -137,9 +137,9 @@ def test_memory_of_the_quickstart_by_hand() -> None:
     count = 5_048_576
     assert found.weights == found.gradients == found.start_policy == 4 * count
     assert found.optimizer == 8 * count // 2 and found.reference == 0
-    # 28 rows of 95 positions, 4 layers of 6h + 4q + 5f + heads x 95, the final norm, the softmax
-    layer = 6 * 256 + 4 * 256 + 5 * 704 + 8 * 95
-    assert found.activations == 28 * 95 * 4 * (4 * layer + 3 * 256 + 4096)
+    # 4 rows of 63 + 7 x 32 positions, 4 layers of 6h + 4d + 4q + heads + 5f, mask, norm, softmax
+    layer = 6 * 256 + 4 * 32 + 4 * 256 + 8 + 5 * 704
+    assert found.activations == 4 * 287 * 4 * (4 * layer + 287 + 3 * 256 + 4096)
     assert found.total == found.steady + found.activations + found.exchange
 
 

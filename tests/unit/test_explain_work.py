@@ -48,10 +48,16 @@ def test_quickstart_step_by_hand() -> None:
     (work,) = stages(recipe("quickstart"))
     assert (work.prompts, work.rollouts, work.rewrites, work.candidates) == (8, 64, 8, 10)
     assert work.verdicts == {"likelihood": 80, "novelty": 80}
-    # three pairs and the suffix; 64 + 32 tokens less the last
+    # 63 tokens of the prefix, and 32 of each branch: three pairs and the suffix
+    assert (work.rows, work.row_length, work.row_tokens) == (8, 63 + 7 * 32, 8 * 287)
+    assert (work.rows_per_micro_batch, work.micro_batches) == (4, 1)
+    assert work.uses_reference
+
+
+def test_padded_rows_of_the_quickstart_by_hand() -> None:
+    (work,) = stages(recipe("quickstart", "objective.row_layout=padded"))
     assert (work.rows, work.row_length, work.row_tokens) == (8 * 7, 95, 56 * 95)
     assert (work.rows_per_micro_batch, work.micro_batches) == (28, 1)
-    assert work.uses_reference
 
 
 def test_paper_step_has_the_papers_number_of_verdicts() -> None:
@@ -71,7 +77,7 @@ def test_stages_of_a_curriculum_differ() -> None:
     nll, rf_nll, final = stages(recipe("quickstart", STAGED))
     assert [w.stage for w in (nll, rf_nll, final)] == ["nll", "rf_nll", "final"]
     assert [w.rollouts for w in (nll, rf_nll, final)] == [0, 16, 64]
-    assert [w.rows for w in (nll, rf_nll, final)] == [8, 8, 56]
+    assert [w.row_tokens for w in (nll, rf_nll, final)] == [8 * 95, 8 * 95, 8 * 287]
     assert [w.verdicts["likelihood"] for w in (nll, rf_nll, final)] == [8, 32, 80]
     assert [w.uses_reference for w in (nll, rf_nll, final)] == [False, False, True]
 

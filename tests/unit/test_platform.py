@@ -7,11 +7,13 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from megatron_sip.branch_attention import BranchAttention
 from megatron_sip.config import Fp8, Model, Parallel, PlatformConfig
 from megatron_sip.platform import PLATFORMS, Platform, cuda
 
@@ -244,10 +246,20 @@ def test_decoder_spec_is_local_on_cpu_and_transformer_engine_on_cuda(
     from megatron.core.models.gpt import gpt_layer_specs
 
     asked = []
-    monkeypatch.setattr(
-        gpt_layer_specs, "get_gpt_decoder_block_spec", lambda **named: asked.append(named)
-    )
+
+    def spec(**named: Any) -> SimpleNamespace:
+        asked.append(named)
+        parts = SimpleNamespace(core_attention="the kernel of the spec")
+        attention = SimpleNamespace(self_attention=SimpleNamespace(submodules=parts))
+        return SimpleNamespace(layer_specs=[SimpleNamespace(submodules=attention)])
+
+    monkeypatch.setattr(gpt_layer_specs, "get_gpt_decoder_block_spec", spec)
+    kept = []
     for platform in (on_cpu(), on_cuda()):
-        platform.decoder_spec("config")
+        (layer,) = platform.decoder_spec("config").layer_specs
+        built = layer.submodules.self_attention.submodules.core_attention
+        assert built.func is BranchAttention
+        kept.append(built.keywords["causal"])
+    assert kept == [None, "the kernel of the spec"]
     assert [a["use_transformer_engine"] for a in asked] == [False, True]
     assert all(a["normalization"] == "RMSNorm" and a["config"] == "config" for a in asked)

@@ -115,8 +115,51 @@ def test_row_length_is_rounded_up_to_the_multiple(
 
 
 def test_micro_batches_cut_between_pools_and_number_segments_anew() -> None:
-    batches = make_micro_batches([POOL] * 5, [PAIR] * 5, micro_batch_size=2, length=8, pad=PAD)
-    assert [len(b.tokens) for b in batches] == [4, 4, 2]
+    batches = make_micro_batches(
+        [POOL] * 6, [PAIR] * 6, micro_batch_size=2, length=8, multiple=1, pad=PAD, layout="padded"
+    )
+    assert [len(b.tokens) for b in batches] == [4, 4, 4]
     assert all(b.pairs[0].tolist() == [0, 1] for b in batches)
-    whole = make_rows([POOL] * 5, [PAIR] * 5, length=8, pad=PAD)
+    whole = make_rows([POOL] * 6, [PAIR] * 6, length=8, pad=PAD)
     assert torch.equal(torch.cat([b.labels for b in batches]), whole.labels)
+
+
+def test_micro_batches_of_uneven_pools_have_one_shape() -> None:
+    three = (*PAIR, TARGET)
+    for layout, shape in (("padded", (3, 8)), ("shared_prefix", (1, 8))):
+        batches = make_micro_batches(
+            [POOL] * 2, [PAIR, three], micro_batch_size=1, length=8, multiple=4, pad=PAD,
+            layout=layout,
+        )  # fmt: skip
+        assert [tuple(b.tokens.shape) for b in batches] == [shape, shape]
+        assert batches[0].segment_ids.ge(0).sum() == 4  # an empty row scores nothing
+
+
+def test_pool_is_one_row_of_its_prefix_and_branches() -> None:
+    picks = (*PAIR, TARGET, Pick(PREFIX, "prefix", 0.0, 1.0))
+    rows = make_rows([POOL], [picks], length=9, pad=PAD, layout="shared_prefix")
+    assert rows.tokens.tolist() == [[1, 2, 3, 6, 7, 3, 3, 4, PAD]]
+    assert rows.labels.tolist() == [[2, 3, 6, 7, 8, 9, 4, 5, PAD]]
+    assert rows.position_ids[0, :8].tolist() == [0, 1, 2, 3, 4, 2, 2, 3]
+    assert rows.branch_ids.tolist() == [[0, 0, 1, 1, 1, 2, 3, 3, -1]]
+    assert rows.segment_ids.tolist() == [[3, 3, 0, 0, 0, 1, 2, 2, -1]]
+    assert rows.rollout_logprobs[0, 2:5].tolist() == pytest.approx([-0.1, -0.2, -0.3])
+    assert rows.pairs.tolist() == [[0, 1]]
+
+
+def test_both_layouts_score_the_same_segments() -> None:
+    picks = (*PAIR, TARGET, Pick(PREFIX, "prefix", 0.0, 1.0))
+    padded = make_rows([POOL, POOL], [picks, PAIR], length=8, pad=PAD)
+    shared = make_rows([POOL, POOL], [picks, PAIR], length=9, pad=PAD, layout="shared_prefix")
+    assert not padded.branch_ids.numel()
+    for name in ("roles", "weights", "group_ids", "policy_versions", "pairs"):
+        assert torch.equal(getattr(padded, name), getattr(shared, name)), name
+    for m in range(len(padded.roles)):
+        for name in ("tokens", "labels", "position_ids", "rollout_logprobs"):
+            a, b = (getattr(r, name)[r.segment_ids == m] for r in (padded, shared))
+            assert torch.equal(a, b), (m, name)
+
+
+def test_row_that_shares_its_prefix_and_is_too_short_names_the_sample() -> None:
+    with pytest.raises(ValueError, match="sample 7"):
+        make_rows([POOL], [(*PAIR, TARGET)], length=7, pad=PAD, layout="shared_prefix")
