@@ -55,6 +55,9 @@ class PlatformConfig(Section):
     """CPU threads of one trainer rank."""
     fp8: Fp8 | None = None
     """FP8 layers; cuda only."""
+    deterministic: bool = False
+    """Only kernels that give the same bits each time; the run's first update is computed twice, and
+    the run stops if they differ."""
 
 
 class RandomInit(Section):

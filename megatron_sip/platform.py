@@ -7,6 +7,7 @@ from the sources of Megatron-Core and Transformer Engine; what of it a CPU can c
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -15,6 +16,8 @@ import torch
 
 from megatron_sip.branch_attention import with_branch_attention
 from megatron_sip.config import Fp8, PlatformConfig
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Platform:
     device: torch.device
     params_dtype: torch.dtype
     fp8: Fp8 | None
+    deterministic: bool = False
 
     def transformer_config_fields(self) -> dict[str, Any]:
         """Fields of Megatron-Core's TransformerConfig that the hardware decides.
@@ -40,6 +44,7 @@ class Platform:
                 "gradient_accumulation_fusion": False,
                 "pipeline_dtype": self.params_dtype,
                 "params_dtype": self.params_dtype,
+                "deterministic_mode": self.deterministic,
             }
         fields: dict[str, Any] = {
             "use_cpu_initialization": False,
@@ -48,6 +53,7 @@ class Platform:
             "gradient_accumulation_fusion": False,  # needs apex's fused kernels
             "pipeline_dtype": self.params_dtype,
             "params_dtype": self.params_dtype,
+            "deterministic_mode": self.deterministic,
             "bf16": True,
         }
         if self.fp8 is not None:
@@ -125,7 +131,9 @@ def cpu(settings: PlatformConfig) -> Platform:
 
     mcore_patches.install()
     torch.set_num_threads(settings.num_threads)
-    return Platform("cpu", "gloo", torch.device("cpu"), torch.float32, None)
+    if settings.deterministic:
+        only_deterministic_kernels()
+    return Platform("cpu", "gloo", torch.device("cpu"), torch.float32, None, settings.deterministic)
 
 
 def cuda(settings: PlatformConfig) -> Platform:
@@ -147,7 +155,29 @@ def cuda(settings: PlatformConfig) -> Platform:
         )
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     torch.cuda.set_device(local_rank)  # before NCCL and vLLM's trainer engine look for a device
-    return Platform("cuda", "nccl", torch.device("cuda", local_rank), torch.bfloat16, settings.fp8)
+    if settings.deterministic:
+        only_deterministic_kernels()
+    return Platform(
+        "cuda", "nccl", torch.device("cuda", local_rank), torch.bfloat16, settings.fp8,
+        settings.deterministic,
+    )  # fmt: skip
+
+
+DETERMINISTIC_ENVIRONMENT = {
+    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",  # Transformer Engine's attention kernels
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS: one workspace a stream
+    "NCCL_ALGO": "Ring",  # sums in one order
+}
+
+
+def only_deterministic_kernels() -> None:
+    """Before anything is built: what is switched on later has no effect on what is there."""
+    os.environ |= DETERMINISTIC_ENVIRONMENT
+    torch.use_deterministic_algorithms(True)
+    log.info(
+        "deterministic: PyTorch refuses kernels whose result varies; %s",
+        ", ".join(f"{k}={v}" for k, v in DETERMINISTIC_ENVIRONMENT.items()),
+    )
 
 
 def device_memory_bytes() -> int | None:

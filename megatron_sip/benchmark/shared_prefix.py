@@ -83,7 +83,11 @@ def shared_prefix(settings: Sequence[Setting] = SETTINGS) -> dict[str, Any]:
     results = {s.name: compare(s, policy, platform) for s in settings}
     return {
         "name": "shared-prefix",
-        "settings": {"model": MODEL.model_dump(exclude={"init"}), "vocabulary": VOCAB, "threads": 1},
+        "settings": {
+            "model": MODEL.model_dump(exclude={"init"}),
+            "vocabulary": VOCAB,
+            "threads": 1,
+        },
         "results": results,
         "ratios": {name: found["ratio"] for name, found in results.items()},
     }
