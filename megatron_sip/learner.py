@@ -7,6 +7,7 @@ counts, so each micro-batch's loss is scaled by the global number of scored toke
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,17 +18,18 @@ import torch
 
 from megatron_sip.config_objective import DpoObjective, Objective
 from megatron_sip.errors import RunFailed
-from megatron_sip.forward import forward_backward, with_reference
+from megatron_sip.forward import MicroLoss, forward_backward, with_reference
 from megatron_sip.model import Policy
 from megatron_sip.objectives import OBJECTIVES
 from megatron_sip.objectives.terms import total_loss
 from megatron_sip.parallel import Ranks, maximum, sum_over_data_parallel
-from megatron_sip.platform import Platform
+from megatron_sip.platform import DETERMINISTIC_ENVIRONMENT, Platform
 from megatron_sip.types import LossTerm, TrainRows
 
 Loss = Callable[[torch.Tensor, TrainRows, Any], tuple[LossTerm, ...]]
 Means = dict[str, tuple[float, float]]  # metric -> (sum, count), to be merged over ranks
 TOKENS = "scored tokens"
+log = logging.getLogger(__name__)
 
 
 class StepStopped(RunFailed):
@@ -44,6 +46,7 @@ class Learner:
     ranks: Ranks
     platform: Platform
     max_logprob_mismatch: float = math.inf
+    _proved: bool = False
 
     def learn(
         self,
@@ -71,6 +74,8 @@ class Learner:
         self.optimizer.zero_grad()
         micro = _micro_loss(loss, settings, counts, version)
         reports = forward_backward(self.policy.ddp, batches, micro)
+        if self.platform.deterministic and not self._proved:
+            self._prove_deterministic(batches, micro)
         if not self.ranks.reports_loss:
             reports = []
         means = merge([r["means"] for r in reports])
@@ -100,6 +105,26 @@ class Learner:
                 local[term.name] = local.get(term.name, 0.0) + float(term.count)
         totals = sum_over_data_parallel(list(local.values()), self.platform)
         return dict(zip(local, totals, strict=True))
+
+    def _prove_deterministic(self, batches: Sequence[TrainRows], micro: MicroLoss) -> None:
+        """Compute the gradients once more: the same bits, or StepStopped on every rank."""
+        once = [buffer.grad_data.clone() for buffer in self.policy.ddp.buffers]
+        self.policy.ddp.zero_grad_buffer()
+        forward_backward(self.policy.ddp, batches, micro)
+        pairs = zip(once, self.policy.ddp.buffers, strict=True)
+        differs = sum(int((a != b.grad_data).sum()) for a, b in pairs)
+        if maximum(float(differs), self.platform) > 0:
+            raise StepStopped(
+                f"platform.deterministic is true, but the same update gave {differs} other "
+                "gradient values on this rank; a kernel of this installation varies: turn the mode "
+                "off, or find it (objective.row_layout and platform.fp8 first)"
+            )
+        self._proved = True
+        log.info(
+            "deterministic: the first update gave the same bits twice; PyTorch refuses kernels that "
+            "vary, and %s are set",
+            ", ".join(f"{k}={v}" for k, v in DETERMINISTIC_ENVIRONMENT.items()),
+        )
 
     def _check(self, means: Means, gaps: np.ndarray, *, fresh_reference: bool) -> None:
         """Agree over all ranks that this step may be committed."""

@@ -7,7 +7,6 @@ from the sources of Megatron-Core and Transformer Engine; what of it a CPU can c
 
 from __future__ import annotations
 
-import logging
 import os
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,8 +15,6 @@ import torch
 
 from megatron_sip.branch_attention import with_branch_attention
 from megatron_sip.config import Fp8, PlatformConfig
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -174,10 +171,6 @@ def only_deterministic_kernels() -> None:
     """Before anything is built: what is switched on later has no effect on what is there."""
     os.environ |= DETERMINISTIC_ENVIRONMENT
     torch.use_deterministic_algorithms(True)
-    log.info(
-        "deterministic: PyTorch refuses kernels whose result varies; %s",
-        ", ".join(f"{k}={v}" for k, v in DETERMINISTIC_ENVIRONMENT.items()),
-    )
 
 
 def device_memory_bytes() -> int | None:
