@@ -121,8 +121,8 @@ class Learner:
             )
         self._proved = True
         log.info(
-            "deterministic: the first update gave the same bits twice; PyTorch refuses kernels that "
-            "vary, and %s are set",
+            "deterministic: the first update gave the same bits twice; PyTorch refuses kernels "
+            "that vary, and %s are set",
             ", ".join(f"{k}={v}" for k, v in DETERMINISTIC_ENVIRONMENT.items()),
         )
 

@@ -56,11 +56,12 @@ def module_with_weights(ctx: Context, model: Model, *, seed: int) -> tuple[Any, 
     return config, module
 
 
-def build_learner(ctx: Context, model: Model, *, seed: int = 1) -> Learner:
+def build_learner(ctx: Context, model: Model, *, seed: int = 1, lr: float = 1e-2) -> Learner:
+    settings = OPTIMIZER.model_copy(update={"lr": lr})
     config, module = module_with_weights(ctx, model, seed=seed)
-    policy = wrap_data_parallel(config, module, OPTIMIZER, ctx.platform)
-    optimizer = build_optimizer(policy, OPTIMIZER, ctx.platform)
-    scheduler = build_scheduler(optimizer, OPTIMIZER, steps=10)
+    policy = wrap_data_parallel(config, module, settings, ctx.platform)
+    optimizer = build_optimizer(policy, settings, ctx.platform)
+    scheduler = build_scheduler(optimizer, settings, steps=10)
     return Learner(policy, optimizer, scheduler, ctx.ranks, ctx.platform)
 
 
@@ -332,3 +333,19 @@ def fresh_reference_step(ctx: Context) -> dict[str, float]:
     )  # fmt: skip
     parts = gather_objects(means, ctx.ranks)
     return reduce_means(parts) if parts else {}
+
+
+def losses_of_steps(ctx: Context, case_name: str, steps: int) -> list[float]:
+    """Loss of each of several steps on the same rows, in deterministic mode."""
+    case = cases.CASES[case_name]
+    ctx = replace(ctx, platform=replace(ctx.platform, deterministic=True))
+    learner = build_learner(ctx, case.model, lr=1e-3)
+    _, reference = module_with_weights(ctx, case.model, seed=2)
+    batches = shared_batches(ctx, case)
+    losses = []
+    for _ in range(steps):
+        means, _ = learner.learn(
+            batches, case.objective, reference=reference, version=0, fresh_reference=False
+        )
+        losses.append(reduce_means([means])["loss"])
+    return losses
