@@ -95,7 +95,7 @@ def make_rows(
     Returns: rows on the CPU, without reference log-probs.
     Raises:  ValueError if a sequence is longer than a row.
     """
-    num_rows = sum(pick.candidate != PREFIX for of_pool in picks for pick in of_pool)
+    num_rows = sum(map(_num_rows, picks))
     builder = _Builder(num_rows, length, pad)
     pairs = []
     for group, (pool, of_pool) in enumerate(zip(pools, picks, strict=True)):
@@ -117,6 +117,20 @@ def make_rows(
     )
 
 
+def same_number_of_rows(picks: Sequence[Sequence[Pick]]) -> list[tuple[Pick, ...]]:
+    """Picks filled up by dead ones, so that every pool makes as many rows as the largest does.
+
+    A pipeline's stages exchange tensors of one shape; pools differ in their number of samples.
+    """
+    most = max(map(_num_rows, picks), default=0)
+    filler = Pick(ORIGINAL_SUFFIX, "sample", 0.0, 0.0)
+    return [(*of_pool, *[filler] * (most - _num_rows(of_pool))) for of_pool in picks]
+
+
+def _num_rows(picks: Sequence[Pick]) -> int:
+    return sum(pick.candidate != PREFIX for pick in picks)
+
+
 def make_micro_batches(
     pools: Sequence[CandidatePool],
     picks: Sequence[Sequence[Pick]],
@@ -125,7 +139,8 @@ def make_micro_batches(
     length: int,
     pad: int,
 ) -> list[TrainRows]:
-    """Rows of all pools of this rank, `micro_batch_size` pools at a time."""
+    """Rows of all pools of this rank, `micro_batch_size` pools at a time, as many rows each."""
+    picks = same_number_of_rows(picks)
     return [
         make_rows(
             pools[i : i + micro_batch_size], picks[i : i + micro_batch_size], length=length, pad=pad
