@@ -23,6 +23,7 @@ from megatron_sip.experience import (
 )
 from megatron_sip.learner import Learner
 from megatron_sip.metrics import PhaseTimer
+from megatron_sip.mismatch import limits_of
 from megatron_sip.model import (
     Policy,
     build_module,
@@ -111,7 +112,6 @@ def build_run(
     policy = build_policy(config, platform, ranks, tokenizer, identity, resume=resume)
     optimizer = build_optimizer(policy, config.optimizer, platform)
     scheduler = build_scheduler(optimizer, config.optimizer, steps=config.run.steps)
-    limit = config.rollout.max_logprob_mismatch if config.rollout else float("inf")
     multiple = platform.token_multiple(
         tensor_parallel=config.parallel.tensor_model_parallel_size,
         sequence_parallel=config.parallel.sequence_parallel,
@@ -124,7 +124,7 @@ def build_run(
         config=config,
         platform=platform,
         ranks=ranks,
-        learner=Learner(policy, optimizer, scheduler, ranks, platform, limit),
+        learner=Learner(policy, optimizer, scheduler, ranks, platform, limits_of(config.rollout)),
         experience=PlainExperience(sampler, timer) if ranks.is_io else None,
         exchange=None,
         timer=timer,

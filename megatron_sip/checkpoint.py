@@ -53,14 +53,13 @@ def save(
 
 
 def save_weights(
-    run_dir: Path, version: int, *, policy: Policy, identity: dict[str, Any], ranks: Ranks
+    run_dir: Path, version: int, *, module: Any, identity: dict[str, Any], ranks: Ranks
 ) -> None:
-    """Write the weights of policy version `version` beside the checkpoints, once."""
+    """Write `module`, the policy's weights of version `version`, beside the checkpoints, once."""
     folder = files.weights_folder(run_dir, version)
     if broadcast_object(files.is_complete(folder)):
         return
-    policy.ddp.start_param_sync(force_sync=True)
-    _write(folder, {"model": policy.module.sharded_state_dict()}, identity=identity, ranks=ranks)
+    _write(folder, {"model": module.sharded_state_dict()}, identity=identity, ranks=ranks)
     dist.barrier()
 
 

@@ -25,6 +25,7 @@ from megatron_sip.publish import atomic_write
 
 SCHEMA_VERSION = 1
 _STEP = re.compile(r"step_(\d{8})")
+_WEIGHTS = re.compile(r"weights_(\d{8})")
 SHAPE_FIELDS = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
     "rotary_base", "norm_epsilon", "share_embeddings_and_output_weights",
@@ -126,7 +127,8 @@ def verify(folder: Path, identity: dict[str, Any]) -> None:
 def prune(run_dir: Path, *, keep_last: int, keep_every: int | None) -> None:
     """Remove old checkpoints of steps: all but the last ones and each multiple of `keep_every`.
 
-    The one that `latest` names always stays; weights of start and reference are not touched.
+    The one that `latest` names always stays; so do the weights of the start and of each reference
+    that a checkpoint which stays was made with.
     """
     root = run_dir / "checkpoints"
     steps = sorted(_steps(root))
@@ -135,8 +137,21 @@ def prune(run_dir: Path, *, keep_last: int, keep_every: int | None) -> None:
         folder = step_folder(run_dir, step)
         if folder.name == latest or (keep_every and step % keep_every == 0):
             continue
-        (folder / "manifest.json").unlink(missing_ok=True)  # half removed is not complete
-        shutil.rmtree(folder)
+        _remove(folder)
+    needed = {0, *(_reference_version(step_folder(run_dir, step)) for step in _steps(root))}
+    for version in _numbers(root, _WEIGHTS):
+        if version not in needed:
+            _remove(weights_folder(run_dir, version))
+
+
+def _remove(folder: Path) -> None:
+    (folder / "manifest.json").unlink(missing_ok=True)  # half removed is not complete
+    shutil.rmtree(folder)
+
+
+def _reference_version(folder: Path) -> int:
+    """Policy version of the reference that a checkpoint was made with, -1 for none."""
+    return json.loads((folder / "train_state.json").read_text())["reference_version"]
 
 
 def remove_incomplete(run_dir: Path) -> None:
@@ -147,7 +162,14 @@ def remove_incomplete(run_dir: Path) -> None:
 
 
 def _steps(root: Path) -> list[int]:
-    return [int(m[1]) for p in root.iterdir() if (m := _STEP.fullmatch(p.name)) and is_complete(p)]
+    return _numbers(root, _STEP)
+
+
+def _numbers(root: Path, pattern: re.Pattern[str]) -> list[int]:
+    """Numbers in the names of complete folders of one kind."""
+    return [
+        int(m[1]) for p in root.iterdir() if (m := pattern.fullmatch(p.name)) and is_complete(p)
+    ]
 
 
 def _digest(path: Path) -> str:

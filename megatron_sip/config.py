@@ -1,6 +1,6 @@
 """The recipe's keys as frozen models. Every default lives here; no torch is imported.
 
-Unknown keys and wrong types are errors; rules that span sections stand in `config_rules.py`, the
+Unknown keys and wrong types are errors; rules that span sections stand in `config_rules*.py`, the
 sections [objective], [reference] and [metrics] in files of their own, and `recipe.py` reads files.
 Validation never assigns.
 """
@@ -22,7 +22,7 @@ from megatron_sip.config_base import (
     Section,
 )
 from megatron_sip.config_metrics import Metrics
-from megatron_sip.config_objective import FrozenReference, Objective, Reference
+from megatron_sip.config_objective import Objective, Reference
 from megatron_sip.config_rules import broken_rules
 from megatron_sip.types import Source
 
@@ -119,6 +119,11 @@ class Optimizer(Section):
     """Global gradient-norm limit."""
     overlap_grad_reduce: bool = False
     overlap_param_gather: bool = False
+    nonfinite: Literal["stop", "skip"] = "stop"
+    """stop: a loss or gradient that is NaN or infinite ends the run. skip: that step leaves weights
+    and optimizer state as they are, and the run goes on with the next prompts."""
+    max_skipped_steps: PositiveInt = 3
+    """Steps in a row that may be skipped; one more stops the run."""
 
 
 class Data(Section):
@@ -191,6 +196,13 @@ class Rollout(Section):
     """Largest piece of weights in flight."""
     max_logprob_mismatch: Positive
     """Largest mean |trainer - engine| log-prob a step may show, nats."""
+    max_logprob_mismatch_p99: Positive | None = None
+    """... its 99th percentile over all ranks' tokens, nats; left out: not limited."""
+    max_logprob_mismatch_max: Positive | None = None
+    """... its largest value, nats; left out: not limited."""
+    max_kl: Positive | None = None
+    """Largest KL(engine || trainer) estimated on the rollouts, nats a token; left out: not
+    limited."""
     concurrency: PositiveInt = 64
     timeout_s: Positive = 300.0
 
@@ -334,8 +346,8 @@ class Config(Section):
     optimizer: Optimizer
     data: Data
     objective: Objective
-    reference: Reference = FrozenReference(kind="frozen")
-    """What an objective that needs one compares the policy with."""
+    reference: Reference | None = None
+    """What the policy is compared with; left out: frozen where the objective needs a reference."""
     checkpoint: Checkpoint
     evaluation: Evaluation
     servers: dict[str, Server] = Field(default_factory=dict)

@@ -88,9 +88,10 @@ class GrpoObjective(ObjectiveSection):
     clip: Positive = 0.2
     """c: the ratio to the rollout's own log-prob counts within [1 - c, 1 + c]."""
     advantage: Literal["standardized", "centered"] = "standardized"
-    """(r - mean) / (std + 1e-6) over the pool's rollouts, or r - mean alone (DrGRPO)."""
-    token_mean: Literal["candidate", "limit"] = "candidate"
-    """Sum over a candidate's tokens divided by its length, or by data.suffix_tokens (DrGRPO)."""
+    """(r - mean) / (std + 1e-6) over the pool's valid rollouts, or r - mean alone (DrGRPO)."""
+    token_divisor: PositiveInt | None = None
+    """What the sum over a candidate's tokens is divided by; left out: its own number of tokens.
+    DrGRPO divides by a constant: give data.suffix_tokens."""
     kl_weight: NonNegative = 0.0
     """lambda: weight of the KL to the reference, by the k3 estimator on sampled tokens."""
     suffix_weight: NonNegative = 0.0
@@ -120,7 +121,7 @@ class SnapshotReference(Section):
 
     kind: Literal["snapshot"]
     interval: PositiveInt
-    """Optimizer steps between snapshots."""
+    """Optimizer steps between snapshots, counted from the run's first step."""
 
 
 class RolloutReference(Section):
@@ -132,3 +133,23 @@ class RolloutReference(Section):
 Reference = Annotated[
     FrozenReference | SnapshotReference | RolloutReference, Field(discriminator="kind")
 ]
+ReferenceKind = Literal["none", "frozen", "snapshot", "rollout"]
+
+
+def needs_rewards(objective: Objective) -> bool:
+    """Whether the choice hangs on rewards; if not, no judge is asked."""
+    return not isinstance(objective, NllObjective | SftRewriteObjective | DpoRewriteObjective)
+
+
+def needs_reference(objective: Objective) -> bool:
+    """Whether the loss compares the policy with a reference."""
+    if isinstance(objective, GrpoObjective):
+        return objective.kl_weight > 0
+    return isinstance(objective, DpoObjective | DpoRewriteObjective)
+
+
+def reference_kind(reference: Reference | None, objective: Objective) -> ReferenceKind:
+    """What an objective is compared with: [reference], frozen where it is left out, or none."""
+    if not needs_reference(objective):
+        return "none"
+    return reference.kind if reference is not None else "frozen"

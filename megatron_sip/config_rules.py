@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from megatron_sip.config_rules_objective import reference_rules, source_rules
+
 if TYPE_CHECKING:
     from megatron_sip.config import Config
 
@@ -58,6 +60,7 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
         (c.platform.kind == "cuda" or (c.platform.fp8 is None and not p.sequence_parallel),
          'platform.fp8 and parallel.sequence_parallel need platform.kind = "cuda"'),
     ]  # fmt: skip
+    rules += reference_rules(c)
     if c.run.task == "ntp":
         rules += [
             (not v, f'run.task = "ntp" uses no [{k}]; remove it') for k, v in sections.items()
@@ -117,12 +120,7 @@ def _sip_rules(c: Config) -> list[tuple[bool, str]]:
              f"servers.{c.rollout.server}.max_model_len {served.max_model_len} must be at "
              f"least data.prefix_tokens + data.suffix_tokens = {row} and at most "
              f"model.max_sequence_length {limit}"))  # fmt: skip
-    if c.objective.name == "dpo":
-        rules.append(
-            (set(c.objective.pair_sources) <= sources,
-             f"objective.pair_sources {c.objective.pair_sources} must be among "
-             f"curriculum.sources {c.curriculum.sources}"))  # fmt: skip
-    return rules
+    return rules + source_rules(c)
 
 
 def _server_rules(c: Config) -> list[tuple[bool, str]]:

@@ -9,7 +9,12 @@ back below a lower threshold (hysteresis) and never moves before a minimum of st
 from __future__ import annotations
 
 from megatron_sip.config import Config, EmergentCurriculum, StagedCurriculum
-from megatron_sip.config_objective import NllObjective, Objective, RfNllObjective
+from megatron_sip.config_objective import (
+    NllObjective,
+    Objective,
+    ObjectiveSection,
+    RfNllObjective,
+)
 from megatron_sip.types import Plan, Source
 
 ORDER: tuple[Source, ...] = ("suffix", "rewrite", "rollout")
@@ -39,13 +44,14 @@ def plan(config: Config, stats: dict[str, float]) -> Plan:
 
 
 def settings_of(config: Config, step_plan: Plan) -> Objective:
-    """Settings of the planned objective; early stages keep the recipe's prefix weight."""
+    """Settings of the planned objective; early stages keep what the recipe's has in common."""
     if step_plan.stage == "final":
         return config.objective
-    prefix_weight = config.objective.prefix_weight
-    if step_plan.objective == "nll":
-        return NllObjective(name="nll", prefix_weight=prefix_weight)
-    return RfNllObjective(name="rf_nll", prefix_weight=prefix_weight)
+    early = NllObjective(name="nll")
+    if step_plan.objective == "rf_nll":
+        early = RfNllObjective(name="rf_nll")
+    kept = {key: getattr(config.objective, key) for key in ObjectiveSection.model_fields}
+    return early.model_copy(update=kept)
 
 
 def update(

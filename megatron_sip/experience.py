@@ -13,18 +13,26 @@ from typing import Protocol
 
 import numpy as np
 
-from megatron_sip.config_objective import Objective
+from megatron_sip.config_objective import Objective, needs_rewards
 from megatron_sip.data.sampler import PrefixSuffixSampler
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.judge.judge import Judge
 from megatron_sip.learner import Means
 from megatron_sip.metrics import METRICS, PhaseTimer
-from megatron_sip.objectives import OBJECTIVES
-from megatron_sip.pool import assemble_pool, rank, rollout_wins, suffix_candidate
+from megatron_sip.objectives import picks_of
+from megatron_sip.pool import assemble_pool, rollout_wins, suffix_candidate
 from megatron_sip.pool_store import PoolRecord, read_pools
 from megatron_sip.rewriter import Rewriter
 from megatron_sip.rollout.vllm_engine import VllmEngine
-from megatron_sip.types import Candidate, CandidatePool, Plan, PoolRewards, SipSample
+from megatron_sip.types import (
+    Candidate,
+    CandidatePool,
+    Pick,
+    Plan,
+    PoolRewards,
+    SipSample,
+    Verdict,
+)
 
 
 class Experience(Protocol):
@@ -58,7 +66,7 @@ class PlainExperience:
             samples = [self.sampler[first_sample + int(p)] for p in positions]
         pools = [CandidatePool(sample, "", (), 0.0) for sample in samples]
         rewards = [no_rewards(0) for _ in pools]
-        picks = OBJECTIVES[settings.name][0](pools, rewards, settings, [()] * len(pools))
+        picks = picks_of(pools, rewards, settings, seed=0)  # without candidates there is no chance
         records = [
             PoolRecord(step, int(p), pool, reward, (), pick)
             for p, pool, reward, pick in zip(positions, pools, rewards, picks, strict=True)
@@ -88,13 +96,8 @@ class LiveExperience:
         with self.timer("rewrite"):
             rewrites, means = self._rewrites(samples, plan)
         pools, guarded = self._pools(samples, plan, rollouts, rewrites)
-        with self.timer("judge"):
-            rewards, verdicts, judge_stats = self.judge.judge_pools(pools, seed=self.seed)
-        order = [
-            rank(r, seed=self.seed, sample_id=p.sample.sample_id)
-            for p, r in zip(pools, rewards, strict=True)
-        ]
-        picks = OBJECTIVES[settings.name][0](pools, rewards, settings, order)
+        rewards, verdicts, judge_stats = self._judged(pools, settings)
+        picks = picks_of(pools, rewards, settings, seed=self.seed)
         records = [
             PoolRecord(step, int(position), *rest)
             for position, rest in zip(
@@ -129,6 +132,15 @@ class LiveExperience:
             return [None] * len(samples), {}
         rewrites, stats = self.rewriter.rewrite(samples, seed=self.seed)
         return rewrites, self._totals("rewrite", stats)
+
+    def _judged(
+        self, pools: Sequence[CandidatePool], settings: Objective
+    ) -> tuple[list[PoolRewards], list[tuple[Verdict, ...]], dict[str, float]]:
+        """Rewards, verdicts, counts; nobody is asked for an objective that heeds no reward."""
+        if not needs_rewards(settings):
+            return [no_rewards(len(p.candidates)) for p in pools], [()] * len(pools), {}
+        with self.timer("judge"):
+            return self.judge.judge_pools(pools, seed=self.seed)
 
     def _pools(
         self,
@@ -206,13 +218,12 @@ def pool_means(records: Sequence[PoolRecord]) -> Means:
     for record in records:
         candidates = record.pool.candidates
         for pick in record.picks:
-            if pick.role not in ("chosen", "rejected", "target") or pick.candidate < 0:
-                continue
+            if pick.candidate < 0 and pick.weight > 0:
+                continue  # suffix or prefix, trained on beside the pool
             add("pool/skipped", float(pick.weight == 0))
-            if pick.weight == 0:
-                continue
-            name = "rejected" if pick.role == "rejected" else "chosen"
-            add(f"reward/{name}", float(record.rewards.total[pick.candidate]))
+            if pick.weight > 0 and record.rewards.valid[pick.candidate]:
+                name = "rejected" if _is_lowered(pick) else "chosen"
+                add(f"reward/{name}", float(record.rewards.total[pick.candidate]))
         if record.rewards.valid.any():
             best = candidates[int(np.nanargmax(record.rewards.total))]
             add("pool/rollout_chosen_rate", float(best.source == "rollout"))
@@ -222,3 +233,8 @@ def pool_means(records: Sequence[PoolRecord]) -> Means:
             known = scores[~np.isnan(scores)]
             add(f"reward/{criterion}", float(known.sum()), len(known))
     return {name: (value, count) for name, (value, count) in means.items()}
+
+
+def _is_lowered(pick: Pick) -> bool:
+    """Whether training makes the candidate less likely."""
+    return pick.role == "rejected" or (pick.role == "sample" and pick.advantage < 0)

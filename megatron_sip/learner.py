@@ -10,30 +10,37 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_sip.config_objective import DpoObjective, Objective
+from megatron_sip.config_objective import Objective, needs_reference
 from megatron_sip.errors import RunFailed
 from megatron_sip.forward import MicroLoss, forward_backward, with_reference
+from megatron_sip.mismatch import MismatchLimits, broken_limit, mismatch_metrics
 from megatron_sip.model import Policy
 from megatron_sip.objectives import OBJECTIVES
 from megatron_sip.objectives.terms import total_loss
-from megatron_sip.parallel import Ranks, maximum, sum_over_data_parallel
+from megatron_sip.parallel import Ranks, concatenated, maximum, sum_over_data_parallel
 from megatron_sip.platform import DETERMINISTIC_ENVIRONMENT, Platform
 from megatron_sip.types import LossTerm, TrainRows
 
 Loss = Callable[[torch.Tensor, TrainRows, Any], tuple[LossTerm, ...]]
 Means = dict[str, tuple[float, float]]  # metric -> (sum, count), to be merged over ranks
 TOKENS = "scored tokens"
+ZERO_WHEN_EQUAL = ("objective/margin", "objective/kl_reference")  # policy and reference
+ENGINE = "engine"  # in a reference's place: the log-probs that came with the rollouts
 log = logging.getLogger(__name__)
 
 
 class StepStopped(RunFailed):
     """A check failed before the optimizer committed; the weights are those of the last step."""
+
+
+class NotFinite(StepStopped):
+    """The check was that loss and gradients are finite; the step may also be skipped."""
 
 
 @dataclass
@@ -45,7 +52,7 @@ class Learner:
     scheduler: Any
     ranks: Ranks
     platform: Platform
-    max_logprob_mismatch: float = math.inf
+    limits: MismatchLimits = field(default_factory=MismatchLimits)
     _proved: bool = False
 
     def learn(
@@ -59,7 +66,7 @@ class Learner:
     ) -> tuple[Means, np.ndarray]:
         """Train on one step's micro-batches.
 
-        Args:    reference: frozen module, or None when the objective needs none.
+        Args:    reference: frozen module, ENGINE, or None when the objective needs none.
                  version: policy version that the forward pass runs with.
                  fresh_reference: reference and policy are equal, so margins must be exactly 0.
         Returns: metrics of this rank, and trainer minus engine log-probs of the rollouts that
@@ -67,15 +74,13 @@ class Learner:
         Raises:  StepStopped on every rank, before the optimizer commits.
         """
         if needs_reference(settings):
-            batches = with_reference(reference, batches)
+            batches = _with_logprobs_of(reference, batches)
         loss = OBJECTIVES[settings.name][1]
         counts = self._global_counts(batches, settings, loss)
         self.policy.ddp.zero_grad_buffer()
         self.optimizer.zero_grad()
         micro = _micro_loss(loss, settings, counts, version)
         reports = forward_backward(self.policy.ddp, batches, micro)
-        if self.platform.deterministic and not self._proved:
-            self._prove_deterministic(batches, micro)
         if not self.ranks.reports_loss:
             reports = []
         means = merge([r["means"] for r in reports])
@@ -83,16 +88,23 @@ class Learner:
         if means:
             means["loss"] = (means["loss"][0], 1.0 / self.ranks.dp_size)
         self._check(means, gaps, fresh_reference=fresh_reference)
+        if self.platform.deterministic and not self._proved:
+            self._prove_deterministic(batches, micro)
         updated, grad_norm, _ = (
             self.optimizer.step() if counts[TOKENS] else (True, 0.0, None)
         )  # without a scored token the gradient is 0, and Adam's moments must not move the weights
         if not updated or not math.isfinite(grad_norm):
             raise StepStopped(f"the optimizer refused the step: gradient norm {grad_norm}")
+        means |= self.pass_step()
+        if self.ranks.is_main:
+            means["grad_norm"] = (float(grad_norm), 1.0)
+        return means, gaps
+
+    def pass_step(self) -> Means:
+        """Move the schedule on, whether the step was learned or is skipped; lr, on rank 0."""
         lr = self.scheduler.optimizer.param_groups[0]["lr"]
         self.scheduler.step(increment=1)
-        if self.ranks.is_main:
-            means |= {"grad_norm": (float(grad_norm), 1.0), "lr": (lr, 1.0)}
-        return means, gaps
+        return {"lr": (lr, 1.0)} if self.ranks.is_main else {}
 
     def _global_counts(
         self, batches: Sequence[TrainRows], settings: Objective, loss: Loss
@@ -131,29 +143,41 @@ class Learner:
         loss = means.get("loss", (0.0, 1.0))[0]
         norm = sum(float(buffer.grad_data.norm()) for buffer in self.policy.ddp.buffers)
         if math.isinf(maximum(abs(loss) + norm, self.platform)):
-            raise StepStopped(
+            raise NotFinite(
                 f"loss or gradients are not finite (this rank: loss {loss}, gradient norm {norm}); "
                 "no weight was changed; lower optimizer.lr, or look at what this step learned from"
             )
         mismatch = maximum(float(np.abs(gaps).mean()) if len(gaps) else 0.0, self.platform)
-        if mismatch > self.max_logprob_mismatch:
-            raise StepStopped(
-                f"trainer and rollout engine differ by {mismatch:.3g} nats a token on average, "
-                f"rollout.max_logprob_mismatch is {self.max_logprob_mismatch:.3g}; the engine "
-                "holds other weights or computes otherwise: look at dtype, attention backend and "
-                "the last weight exchange"
+        broken = None
+        if self.limits.need_all_ranks:
+            broken = broken_limit(mismatch_metrics(concatenated(gaps)), self.limits)
+        if mismatch > self.limits.mean:
+            broken = (
+                f"they differ by {mismatch:.3g} nats a token on average, "
+                f"rollout.max_logprob_mismatch is {self.limits.mean:.3g}"
             )
-        margin = abs(means.get("objective/margin", (0.0, 0.0))[0]) if fresh_reference else 0.0
-        if maximum(margin, self.platform) > 0:
+        if broken is not None:
             raise StepStopped(
-                f"policy and reference hold the same weights, but margins sum to {margin:.3g} "
+                f"trainer and rollout engine disagree on the rollouts: {broken}; the engine holds "
+                "other weights or computes otherwise: look at dtype, attention backend and the "
+                "last weight exchange"
+            )
+        gap = 0.0
+        if fresh_reference:
+            gap = sum(abs(means.get(name, (0.0, 0.0))[0]) for name in ZERO_WHEN_EQUAL)
+        if maximum(gap, self.platform) > 0:
+            raise StepStopped(
+                f"policy and reference hold the same weights, but margins or KL sum to {gap:.3g} "
                 "instead of 0: they are not scored by the same numerics"
             )
 
 
-def needs_reference(settings: Objective) -> bool:
-    """True for objectives that compare with a frozen reference policy."""
-    return isinstance(settings, DpoObjective)
+def _with_logprobs_of(reference: Any, batches: Sequence[TrainRows]) -> list[TrainRows]:
+    """Fill `reference_logprobs` from a module or, for ENGINE, from what came with the rollouts."""
+    assert reference is not None, "the objective needs a reference"
+    if reference == ENGINE:
+        return [replace(b, reference_logprobs=b.rollout_logprobs) for b in batches]
+    return with_reference(reference, batches)
 
 
 def _live_tokens(rows: TrainRows) -> torch.Tensor:
@@ -164,7 +188,7 @@ def _live_tokens(rows: TrainRows) -> torch.Tensor:
 
 def _micro_loss(
     loss: Loss, settings: Objective, counts: dict[str, float], version: int
-) -> Callable[[torch.Tensor, TrainRows], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]:
+) -> MicroLoss:
     """Loss of one micro-batch in Megatron's terms, with its report."""
 
     def micro(logprobs_RS: torch.Tensor, rows: TrainRows) -> Any:

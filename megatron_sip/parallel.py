@@ -147,6 +147,13 @@ def maximum(value: float, platform: Platform) -> float:
     return box.item()
 
 
+def concatenated(values: np.ndarray) -> np.ndarray:
+    """Every rank's `values` one after the other, in rank order, on every rank."""
+    box: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(box, values)
+    return np.concatenate(box)
+
+
 def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
     """`value` of every rank on rank 0 (in rank order), an empty list elsewhere."""
     box: list[Any] | None = [None] * ranks.world_size if ranks.is_main else None

@@ -54,10 +54,17 @@ def rank(rewards: PoolRewards, *, seed: int, sample_id: int) -> list[int]:
 
     Never by position in the pool, which would favour one source (method 12).
     """
-    generator = np.random.Generator(np.random.Philox(key=[seed, sample_id]))
-    draw = generator.random(len(rewards.valid))
-    order = np.lexsort((draw, rewards.total))
+    order = np.lexsort((_draws(len(rewards.valid), seed, sample_id), rewards.total))
     return [int(i) for i in order if rewards.valid[i]]
+
+
+def drawn_order(num_candidates: int, *, seed: int, sample_id: int) -> list[int]:
+    """All candidates of a pool that nobody judged, in an order drawn from (seed, sample)."""
+    return [int(i) for i in np.argsort(_draws(num_candidates, seed, sample_id))]
+
+
+def _draws(number: int, seed: int, sample_id: int) -> np.ndarray:
+    return np.random.Generator(np.random.Philox(key=[seed, sample_id])).random(number)
 
 
 def rollout_wins(pool: CandidatePool, rewards: PoolRewards) -> tuple[float, int]:

@@ -12,7 +12,8 @@ FREE = (
     "data.tokenizer", "data.train", "data.validation", "data.test",  # checked by their digests
     "data.micro_batch_size", "evaluation.bootstrap",
     "rollout.concurrency", "rollout.timeout_s", "rollout.weight_transfer", "rollout.bucket_mib",
-    "rollout.max_logprob_mismatch",
+    "rollout.max_logprob_mismatch", "rollout.max_logprob_mismatch_p99",
+    "rollout.max_logprob_mismatch_max", "rollout.max_kl",
     "judge.cache_dir", "judge.concurrency", "judge.timeout_s", "judge.max_missing_rate",
     "rewriter.concurrency", "rewriter.timeout_s", "metrics",
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,23 @@ import numpy as np
 import torch
 
 from megatron_sip import curriculum
-from megatron_sip.checkpoint import save_weights
 from megatron_sip.config import Config
 from megatron_sip.console import StepConsole
 from megatron_sip.cost import step_flops
 from megatron_sip.exchange import WeightExchange
 from megatron_sip.experience import Experience, pool_means
 from megatron_sip.explain.shapes import policy_shape
-from megatron_sip.learner import Learner, Means, StepStopped, needs_reference
+from megatron_sip.learner import Learner, Means, NotFinite, StepStopped
 from megatron_sip.metrics import PhaseTimer, reduce_means
-from megatron_sip.model import frozen_copy
+from megatron_sip.mismatch import mismatch_metrics
 from megatron_sip.parallel import Ranks, broadcast_rows, gather_objects, shard
 from megatron_sip.platform import Platform
 from megatron_sip.pool_store import PoolRecord, commit_step, write_pools
+from megatron_sip.reference import scored_by_a_model, take_reference
 from megatron_sip.rows import make_micro_batches
 from megatron_sip.types import Plan, TrainRows, TrainState
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -48,7 +51,7 @@ class Run:
     record_pools: bool
     replay_until: int = 0  # a resumed run learns steps below this from its own committed pools
     start_policy: Any = None  # frozen copy of the first weights: second scorer, reference
-    reference: Any = None
+    reference: Any = None  # see reference.py
     fresh_reference: bool = False
 
 
@@ -59,11 +62,11 @@ def run_step(run: Run) -> dict[str, float]:
     """
     step = run.state.step
     plan = plan_step(run)
-    take_reference(run, plan)
+    take_reference(run, curriculum.settings_of(run.config, plan))
     records, means = gather_experience(run, plan, step)
     batches = share_rows(run, records)
-    learned, gaps = learn(run, plan, batches)
-    advance(run, means, learned)
+    learned, gaps, skipped = learn(run, plan, batches)
+    advance(run, means, skipped=skipped)
     synced = sync_weights(run)
     commit_pools(run, records, step)
     parts = gather_objects((means, learned, synced, gaps), run.ranks)
@@ -75,24 +78,6 @@ def plan_step(run: Run) -> Plan:
     if run.config.curriculum is None:
         return Plan("final", ("suffix",), 0, run.config.objective.name)
     return curriculum.plan(run.config, run.state.stats)
-
-
-def take_reference(run: Run, plan: Plan) -> None:
-    """Freeze a copy of the policy when the first stage that compares with one begins."""
-    run.fresh_reference = False
-    settings = curriculum.settings_of(run.config, plan)
-    if run.reference is None and needs_reference(settings):
-        run.reference = run.start_policy
-        if run.reference is None or run.state.step > 0:
-            run.reference = frozen_copy(
-                run.learner.policy, run.config, run.platform, vocab_size=run.vocab_size
-            )
-        run.state = replace(run.state, reference_version=run.state.policy_version)
-        save_weights(
-            Path(run.config.run.dir), run.state.policy_version, policy=run.learner.policy,
-            identity=run.identity, ranks=run.ranks,
-        )  # fmt: skip
-        run.fresh_reference = run.config.platform.fp8 is None  # FP8 history moves between passes
 
 
 def gather_experience(run: Run, plan: Plan, step: int) -> tuple[list[PoolRecord], Means]:
@@ -134,9 +119,12 @@ def share_rows(run: Run, records: list[PoolRecord]) -> list[TrainRows]:
         return broadcast_rows(batches, run.ranks, run.platform)
 
 
-def learn(run: Run, plan: Plan, batches: list[TrainRows]) -> tuple[Means, np.ndarray]:
-    """Reference pass, forward, backward, checks, optimizer step."""
-    settings = curriculum.settings_of(run.config, plan)
+def learn(run: Run, plan: Plan, batches: list[TrainRows]) -> tuple[Means, np.ndarray, bool]:
+    """Reference pass, forward, backward, checks, optimizer step.
+
+    Returns: metrics and engine gaps as `Learner.learn`, and whether the update was left out.
+    """
+    settings, skipped = curriculum.settings_of(run.config, plan), False
     try:
         with run.timer("train"):
             means, gaps = run.learner.learn(
@@ -146,37 +134,61 @@ def learn(run: Run, plan: Plan, batches: list[TrainRows]) -> tuple[Means, np.nda
                 version=run.state.policy_version,
                 fresh_reference=run.fresh_reference,
             )
+    except NotFinite as found:
+        refuse_to_skip(run, str(found))
+        means, gaps, skipped = run.learner.pass_step(), np.zeros(0, np.float32), True
     except StepStopped as stopped:
         raise StepStopped(f"step {run.state.step + 1}: {stopped}") from None
     if run.ranks.is_io:  # one rank a replica
         flops = step_flops(
             policy_shape(run.config.model, vocab_size=run.vocab_size),
             batches,
-            uses_reference=needs_reference(settings),
+            uses_reference=scored_by_a_model(run, settings),
             platform_kind=run.platform.kind,
         )
         means["model/flops"] = (flops, 1.0 / run.ranks.dp_size)
-    return means, gaps
+    return means, gaps, skipped
 
 
-def advance(run: Run, means: Means, learned: Means) -> None:
-    """Move step, data position, version and curriculum; the optimizer has committed."""
+def refuse_to_skip(run: Run, reason: str) -> None:
+    """Raises: StepStopped if the recipe says so, or if as many steps in a row were skipped."""
+    settings, skipped = run.config.optimizer, run.state.skipped_in_a_row
+    where = f"step {run.state.step + 1}: {reason}"
+    if settings.nonfinite == "stop":
+        raise StepStopped(where) from None
+    if skipped >= settings.max_skipped_steps:
+        raise StepStopped(
+            f"{where}; the {skipped} steps before it were skipped for the same reason, and "
+            f"optimizer.max_skipped_steps is {settings.max_skipped_steps}"
+        ) from None
+    log.warning("%s; it is skipped", where)
+    if run.ranks.is_main:
+        run.console.note(f"{where}; it is skipped")
+
+
+def advance(run: Run, means: Means, *, skipped: bool) -> None:
+    """Move step, data position, version and curriculum; the optimizer has committed.
+
+    A skipped step moves on, too, but its weights are those of the version there is.
+    """
     state, stats = run.state, run.state.stats
     if run.config.curriculum is not None:
         wins, compared = _sum_over_replicas(run, means.get("pool/rollout_win_rate", (0.0, 0.0)))
-        suffix_tokens = run.config.data.global_batch_size * run.config.data.suffix_tokens
+        prompts = 0 if skipped else run.config.data.global_batch_size
         stats = curriculum.update(
             run.config.curriculum,
             stats,
             win_rate=wins / compared if compared else None,
-            suffix_tokens=suffix_tokens,
+            suffix_tokens=prompts * run.config.data.suffix_tokens,
         )
     run.state = replace(
         state,
         step=state.step + 1,
         consumed_samples=state.consumed_samples + run.config.data.global_batch_size,
-        policy_version=state.policy_version + 1,
+        policy_version=state.policy_version + (not skipped),
         stats=stats,
+        skipped_steps=state.skipped_steps + skipped,
+        skipped_in_a_row=state.skipped_in_a_row + 1 if skipped else 0,
     )
 
 
@@ -191,9 +203,12 @@ def _sum_over_replicas(run: Run, pair: tuple[float, float]) -> tuple[float, floa
 
 
 def sync_weights(run: Run) -> Means:
-    """Hand the new weights to the rollout servers when they are due."""
+    """Hand the new weights to the rollout servers when they are due; those they have are not sent.
+    """  # fmt: skip
     if run.exchange is None or run.config.rollout is None:
         return {}
+    if run.exchange.version == run.state.policy_version:
+        return {}  # every step since was skipped
     replayed = run.state.step < run.replay_until
     due = run.state.step % run.config.rollout.sync_interval == 0
     if replayed or not (due or run.state.step == run.replay_until):
@@ -220,15 +235,7 @@ def report(run: Run, parts: list[tuple[Means, Means, Means, np.ndarray]]) -> dic
     """All ranks' metrics as one dict."""
     metrics = reduce_means([p for part in parts for p in part[:3]])
     gaps = np.concatenate([part[3] for part in parts])
-    if len(gaps):
-        size = np.abs(gaps)
-        metrics |= {
-            "rollout/logprob_mismatch": float(size.mean()),
-            "rollout/logprob_mismatch_p99": float(np.quantile(size, 0.99)),
-            "rollout/logprob_mismatch_max": float(size.max()),
-            # k3 estimator of KL(engine || trainer) on tokens that the engine sampled
-            "rollout/kl": float(np.mean(np.expm1(gaps.astype(np.float64)) - gaps)),
-        }
+    metrics |= mismatch_metrics(gaps)
     state = run.state
     if run.config.curriculum is not None:
         metrics |= {
@@ -242,6 +249,7 @@ def report(run: Run, parts: list[tuple[Means, Means, Means, np.ndarray]]) -> dic
         metrics["rollout/tokens_per_s"] = generated / times["time/rollout_s"]
     if metrics.get("judge/verdicts") and times.get("time/judge_s"):
         metrics["judge/verdicts_per_s"] = metrics["judge/verdicts"] / times["time/judge_s"]
+    metrics["train/skipped_steps"] = float(state.skipped_steps)
     metrics["data/consumed_samples"] = float(state.consumed_samples)
     metrics["memory/host_peak_gib"] = run.platform.peak_memory_gib()
     return metrics | times

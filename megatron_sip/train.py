@@ -26,6 +26,7 @@ from megatron_sip.metrics import MetricLogger
 from megatron_sip.model import frozen_copy
 from megatron_sip.parallel import Ranks
 from megatron_sip.platform import PLATFORMS
+from megatron_sip.reference import save_reference
 from megatron_sip.report import write_report
 from megatron_sip.resume import restore
 from megatron_sip.run_dir import create_run_dir, write_summary
@@ -110,8 +111,9 @@ def begin(run: Run, evaluators: dict[str, Evaluator], resume: bool) -> dict[str,
         run.start_policy = frozen_copy(
             run.learner.policy, config, run.platform, vocab_size=run.vocab_size
         )
+    if config.run.task == "sip":  # a resumed run reads them back
         checkpoint.save_weights(
-            run_dir, 0, policy=run.learner.policy, identity=run.identity, ranks=run.ranks
+            run_dir, 0, module=run.learner.policy.module, identity=run.identity, ranks=run.ranks
         )
     starts = {}
     for split, evaluator in evaluators.items():
@@ -218,6 +220,7 @@ def measure(run: Run, evaluator: Evaluator, text: str) -> PolicyOutput | None:
 def save(run: Run) -> None:
     """Checkpoint of the present state."""
     with run.timer("checkpoint"):
+        save_reference(run)
         checkpoint.save(
             run.config.run.dir,
             policy=run.learner.policy,

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 Source = Literal["suffix", "rewrite", "rollout"]
 RowLayout = Literal["padded", "shared_prefix"]
-Role = Literal["target", "chosen", "rejected", "prefix"]
-ROLES: tuple[Role, ...] = ("target", "chosen", "rejected", "prefix")
+Role = Literal["target", "chosen", "rejected", "prefix", "sample"]
+ROLES: tuple[Role, ...] = ("target", "chosen", "rejected", "prefix", "sample")
 
 
 @dataclass(frozen=True)
@@ -151,3 +151,5 @@ class TrainState:
     stats: dict[str, float]  # moving averages of the curriculum
     digests: dict[str, str]  # data and tokenizer
     reference_version: int = -1  # policy version that the reference was taken of, -1: none yet
+    skipped_steps: int = 0  # whose update was left out for want of finite numbers
+    skipped_in_a_row: int = 0  # of them, the last ones without a gap

@@ -54,10 +54,10 @@ def run_files(
         weights = sum(parameters.total.values()) * weight_bytes(
             config.platform.kind, config.platform.fp8
         )
-        later = takes_reference_later(config)
+        later = references_kept(config)
         files += [
             Files("checkpoints/weights_*/", 1 + later, weights,
-                  "start policy" + (", and the reference that is taken later" if later else "")),
+                  "start policy" + (", and the references of kept checkpoints" if later else "")),
             Files("pools/step_*.parquet", steps, pool_bytes(config, work, lengths),
                   f"all shards of a step ({config.parallel.data_parallel_size} files) and marker; "
                   "compression not counted"),
@@ -69,11 +69,26 @@ def run_files(
 
 def checkpoints_kept(config: Config) -> int:
     """Checkpoints that are left at the end: the newest ones, and those that are kept for good."""
+    return len(_kept_steps(config))
+
+
+def references_kept(config: Config) -> int:
+    """Weights of references beside the start policy's that are left at the end, at the most."""
+    if not takes_reference_later(config):
+        return 0
+    if config.reference is None or config.reference.kind != "snapshot":
+        return 1
+    taken = {(step - 1) // config.reference.interval for step in _kept_steps(config)}
+    staged = config.curriculum is not None and config.curriculum.kind == "staged"
+    return len(taken if staged else taken - {0})  # the one of step 0 is the start policy
+
+
+def _kept_steps(config: Config) -> list[int]:
     steps, settings = config.run.steps, config.checkpoint
     saved = sorted({*range(settings.interval, steps + 1, settings.interval), steps})
     old = saved[: -settings.keep_last]
     every = settings.keep_every
-    return len(saved) - len(old) + sum(every is not None and s % every == 0 for s in old)
+    return [s for s in saved if s not in old or (every is not None and s % every == 0)]
 
 
 def checkpoint_bytes(config: Config, parameters: Parameters) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from megatron_sip.config import Config, Fp8
+from megatron_sip.config_objective import reference_kind
 from megatron_sip.explain.parameters import Parameters
 from megatron_sip.explain.shapes import Shape
 from megatron_sip.explain.workload import Workload
@@ -31,7 +32,7 @@ class Memory:
     start_policy: int
     """Frozen copy of the first weights: second scorer of the evaluation, and reference."""
     reference: int
-    """A second frozen copy, taken later; 0 where the start policy serves."""
+    """A second frozen copy, taken later; 0 where the start policy or the engine serves."""
     activations: int
     """Kept for the backward pass by all micro-batches in flight, at the most."""
     exchange: int
@@ -55,9 +56,12 @@ def weight_bytes(kind: str, fp8: Fp8 | None = None) -> int:
 
 
 def takes_reference_later(config: Config) -> bool:
-    """Whether a reference of its own is frozen once a later stage needs one."""
+    """Whether the reference is, or becomes, a copy of other weights than the start policy's."""
+    kind = reference_kind(config.reference, config.objective)
+    if kind == "snapshot":
+        return True
     staged = config.curriculum is not None and config.curriculum.kind == "staged"
-    return staged and config.objective.name == "dpo"
+    return staged and kind == "frozen"
 
 
 def rank_memory(

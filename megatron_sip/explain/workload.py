@@ -7,9 +7,14 @@ from dataclasses import dataclass
 
 from megatron_sip import curriculum
 from megatron_sip.config import Config
-from megatron_sip.config_objective import Objective
+from megatron_sip.config_objective import (
+    GrpoObjective,
+    Objective,
+    PairObjective,
+    needs_rewards,
+    reference_kind,
+)
 from megatron_sip.judge.schedules import next_questions
-from megatron_sip.learner import needs_reference
 from megatron_sip.platform import Platform
 from megatron_sip.rows import round_up, row_length
 from megatron_sip.types import Plan
@@ -28,7 +33,7 @@ class Workload:
     candidates: int
     """Of one pool, if none is dropped."""
     verdicts: dict[str, int]
-    """By criterion; "novelty" ones are computed and ask no server."""
+    """By criterion; "novelty" ones are computed and ask no server. All 0 where no reward counts."""
     rows: int
     row_length: int
     """Positions of a row, when every prefix and candidate is as long as it may be."""
@@ -38,6 +43,7 @@ class Workload:
     micro_batches: int
     """Of one data-parallel rank."""
     uses_reference: bool
+    """Whether a forward pass of a reference model is made."""
 
     @property
     def row_tokens(self) -> int:
@@ -62,15 +68,15 @@ def workload(config: Config, plan: Plan, platform: Platform) -> Workload:
         tensor_parallel=parallel.tensor_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
     )
-    prompts, branches = data.global_batch_size, rows_per_pool(settings)
-    length = row_length(data.prefix_tokens, data.suffix_tokens, multiple)
-    shared = settings.row_layout == "shared_prefix"
-    if shared:
-        length = round_up(data.prefix_tokens - 1 + branches * data.suffix_tokens, multiple)
-    per_pool = 1 if shared else branches
     rollouts = plan.num_rollouts if "rollout" in plan.sources else 0
     singles = sum(source in plan.sources for source in ("suffix", "rewrite"))
     candidates = rollouts + singles if config.judge else 0
+    prompts, branches = data.global_batch_size, rows_per_pool(settings, rollouts)
+    per_pool, length = branches, row_length(data.prefix_tokens, data.suffix_tokens, multiple)
+    if settings.row_layout == "shared_prefix":
+        length = round_up(data.prefix_tokens - 1 + branches * data.suffix_tokens, multiple)
+        per_pool = 1
+    judged = candidates if needs_rewards(settings) else 0
     return Workload(
         stage=plan.stage,
         objective=plan.objective,
@@ -79,21 +85,26 @@ def workload(config: Config, plan: Plan, platform: Platform) -> Workload:
         rollouts=prompts * rollouts,
         rewrites=prompts * ("rewrite" in plan.sources),
         candidates=candidates,
-        verdicts={n: prompts * k for n, k in verdicts_per_pool(config, candidates).items()},
+        verdicts={n: prompts * k for n, k in verdicts_per_pool(config, judged).items()},
         rows=prompts * per_pool,
         row_length=length,
         row_multiple=multiple,
         rows_per_micro_batch=data.micro_batch_size * per_pool,
         micro_batches=prompts // (data.micro_batch_size * parallel.data_parallel_size),
-        uses_reference=needs_reference(settings),
+        uses_reference=reference_kind(config.reference, settings) in ("frozen", "snapshot"),
     )
 
 
-def rows_per_pool(settings: Objective) -> int:
+def rows_per_pool(settings: Objective, num_rollouts: int) -> int:
     """Candidates that an objective trains on in one pool: padded rows, or branches of one row. A
-    prefix that is trained on needs none of its own."""
-    if settings.name == "dpo":
+    prefix that is trained on needs none of its own.
+
+    Args: num_rollouts: K, if none is dropped.
+    """
+    if isinstance(settings, PairObjective):
         return 2 * settings.pairs_per_pool + (settings.suffix_weight > 0)
+    if isinstance(settings, GrpoObjective):
+        return num_rollouts + (settings.suffix_weight > 0)
     return 1
 
 

@@ -15,7 +15,7 @@ from megatron_sip.judge.asking import Asker, derived_seed
 from megatron_sip.judge.cache import Cache
 from megatron_sip.judge.novelty import Novelty
 from megatron_sip.judge.schedules import next_questions
-from megatron_sip.judge.scoring import score_pool
+from megatron_sip.judge.scoring import finite_or_missing, score_pool
 from megatron_sip.judge.served_model import ServedModel
 from megatron_sip.judge.servers import ServerPool
 from megatron_sip.serving.client import run
@@ -85,7 +85,7 @@ class Judge:
                     for i, q in round_
                 )
                 for (i, _), verdict in zip(round_, answers, strict=True):
-                    verdicts[i].append(verdict)
+                    verdicts[i].append(finite_or_missing(verdict))
         counts: dict[str, float] = {
             "verdicts": sum(map(len, verdicts)),
             "missing": sum(v.score is None for known in verdicts for v in known),
@@ -108,5 +108,6 @@ class Judge:
                 for i, candidate in enumerate(pool.candidates):
                     score = self._novelty.score(candidate, pairs=criterion.pairs)
                     said = "not asked: no token to count" if score is None else f"{score:.6g}"
-                    verdicts.append(Verdict(criterion.name, i, -1, 0, score, said))
+                    verdict = Verdict(criterion.name, i, -1, 0, score, said)
+                    verdicts.append(finite_or_missing(verdict))
         return verdicts

@@ -2,17 +2,28 @@
 
 Pairwise: Q(y) = mean over judged pairs of P(y beats its opponent), in [0, 1]; with every verdict
 present the sum over a pool is C / 2. Other forms: mean over votes. The total is the sum of
-weight * score. A missing verdict enters no mean; ties are left as they are.
+weight * score. A missing verdict enters no mean, and one that is not finite is missing; ties are
+left as they are.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from megatron_sip import config
 from megatron_sip.types import PoolRewards, Verdict
+
+
+def finite_or_missing(verdict: Verdict) -> Verdict:
+    """The verdict itself, or without its score if that is NaN or infinite: no reward is made of it.
+    """  # fmt: skip
+    if verdict.score is None or math.isfinite(verdict.score):
+        return verdict
+    return replace(verdict, score=None, reply=f"not usable: the score is {verdict.score}")
 
 
 def score_pool(
@@ -22,8 +33,10 @@ def score_pool(
 
     Args:    verdicts: V, in any order; score None where missing.
     Returns: by_criterion float32[C] (NaN without a verdict), total float32[C] (NaN where
-             invalid), valid bool[C]: at least half of the verdicts, and one, in each criterion.
+             invalid), valid bool[C]: at least half of the verdicts, and one, in each criterion,
+             and a total that float32 can hold.
     """
+    verdicts = [finite_or_missing(v) for v in verdicts]
     by_criterion = {}
     total_C = np.zeros(num_candidates)
     valid_C = np.ones(num_candidates, dtype=bool)
@@ -35,9 +48,12 @@ def score_pool(
         by_criterion[criterion.name] = score_C.astype(np.float32)
         valid_C &= (present_C > 0) & (2 * present_C >= asked_C)
         total_C += criterion.weight * score_C
+    with np.errstate(over="ignore"):
+        total_C = total_C.astype(np.float32)
+    valid_C &= np.isfinite(total_C)
     return PoolRewards(
         by_criterion=by_criterion,
-        total=np.where(valid_C, total_C, np.nan).astype(np.float32),
+        total=np.where(valid_C, total_C, np.float32(np.nan)),
         valid=valid_C,
         num_missing=sum(v.score is None for v in verdicts),
     )

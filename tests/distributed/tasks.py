@@ -20,6 +20,7 @@ from megatron_sip.config import Model, Optimizer
 from megatron_sip.forward import token_logprobs
 from megatron_sip.learner import Learner, StepStopped, needs_reference
 from megatron_sip.metrics import reduce_means
+from megatron_sip.mismatch import MismatchLimits
 from megatron_sip.model import (
     Policy,
     build_module,
@@ -282,7 +283,7 @@ def stopped_step(ctx: Context, harm: str) -> dict[str, Any]:
         case = replace(case, objective=objective)
     learner = build_learner(ctx, case.model)
     if harm == "mismatch":
-        learner.max_logprob_mismatch = 0.5
+        learner.limits = MismatchLimits(mean=0.5)
     _, reference = module_with_weights(ctx, case.model, seed=2)
     batches = shared_batches(ctx, case)
     if ctx.ranks.dp_rank == ctx.ranks.dp_size - 1:

@@ -26,7 +26,9 @@ def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     models = {line.partition(":")[2].strip() for line in lines if line.startswith("model name")}
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"torch {torch.__version__}, {capability}, {platform.machine()}, {min(models, default='')}"
+    return (
+        f"torch {torch.__version__}, {capability}, {platform.machine()}, {min(models, default='')}"
+    )
 
 
 @pytest.mark.parametrize("name", CASES)

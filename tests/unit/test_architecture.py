@@ -35,18 +35,16 @@ RESERVED = {
 
 # style section 8; a file may import its own layer and those before it
 LAYERS = {
-    1: (
-        "types", "errors", "config", "config_base", "config_metrics", "config_objective",
-        "config_rules", "recipe",
-    ),
+    1: ("types", "errors", "config", "config_base", "config_metrics", "config_objective",
+        "config_rules", "config_rules_objective", "recipe"),
     2: (
         "pool", "rows", "curriculum", "objectives.", "metrics", "data.permutation",
         "judge.schedules", "judge.scoring", "judge.prompts", "judge.criteria",
         "judge.text_model", "rewrite_text",
         "evaluation.statistics", "convert.names", "rollout.digest",
-        "cost", "explain.flops", "explain.hardware", "explain.shapes",
+        "cost", "mismatch", "explain.flops", "explain.hardware", "explain.shapes",
     ),
-    4: ("step", "resume", "assembly"),
+    4: ("step", "reference", "resume", "assembly"),
     5: ("train", "explain."),
 }  # fmt: skip
 EFFECTFUL = 3
@@ -99,7 +97,8 @@ def test_only_the_named_files_use(package: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["config.py", "config_metrics.py", "config_objective.py", "sinks/check.py", "types.py"]
+    "name",
+    ["config.py", "config_metrics.py", "config_objective.py", "sinks/check.py", "types.py"],
 )
 def test_config_and_types_import_no_torch_when_they_run(name: str) -> None:
     tree = tree_of(PACKAGE / name)

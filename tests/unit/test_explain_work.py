@@ -78,7 +78,7 @@ def test_stages_of_a_curriculum_differ() -> None:
     assert [w.stage for w in (nll, rf_nll, final)] == ["nll", "rf_nll", "final"]
     assert [w.rollouts for w in (nll, rf_nll, final)] == [0, 16, 64]
     assert [w.row_tokens for w in (nll, rf_nll, final)] == [8 * 95, 8 * 95, 8 * 287]
-    assert [w.verdicts["likelihood"] for w in (nll, rf_nll, final)] == [8, 32, 80]
+    assert [w.verdicts["likelihood"] for w in (nll, rf_nll, final)] == [0, 32, 80]
     assert [w.uses_reference for w in (nll, rf_nll, final)] == [False, False, True]
 
 
@@ -103,7 +103,7 @@ def test_rows_of_a_pool_are_those_that_are_made(settings: Objective) -> None:
     one = pool(sample(1, (1, 2, 3), (4, 5)), *(candidate((6, 7)) for _ in range(6)))
     picks = OBJECTIVES[settings.name][0]([one], [no_rewards(6)], settings, [()])
     rows = make_rows([one], picks, length=8, pad=0)
-    assert len(rows.tokens) == rows_per_pool(settings)
+    assert len(rows.tokens) == rows_per_pool(settings, 6)
 
 
 def test_forward_and_training_flops_by_hand() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Iterator
@@ -117,6 +118,9 @@ def checkpoints(tmp_path: Path) -> Path:
         folder = checkpoint_files.step_folder(tmp_path, step)
         folder.mkdir(parents=True)
         (folder / "data").write_bytes(b"x")
+        reference = 10 * (step // 20)  # taken every 20 steps, saved with step 20 first
+        state = {"reference_version": reference if step >= 20 else -1}
+        (folder / "train_state.json").write_text(json.dumps(state))
         checkpoint_files.write_manifest(folder, {"layers": 2})
     weights = checkpoint_files.weights_folder(tmp_path, 0)
     weights.mkdir()
@@ -142,6 +146,18 @@ def test_the_one_that_latest_names_stays(checkpoints: Path) -> None:
     (checkpoints / "checkpoints" / "latest").write_text("step_00000010")
     checkpoint_files.prune(checkpoints, keep_last=1, keep_every=None)
     assert names(checkpoints) == ["step_00000010", "step_00000050", "weights_00000000"]
+
+
+def test_weights_of_a_reference_stay_as_long_as_a_checkpoint_needs_them(checkpoints: Path) -> None:
+    for version in (10, 20, 7):
+        folder = checkpoint_files.weights_folder(checkpoints, version)
+        folder.mkdir()
+        checkpoint_files.write_manifest(folder, {})
+    checkpoint_files.prune(checkpoints, keep_last=2, keep_every=20)  # 20 and 40, 50
+    weights = ["weights_00000000", "weights_00000010", "weights_00000020"]
+    assert names(checkpoints)[3:] == weights
+    checkpoint_files.prune(checkpoints, keep_last=1, keep_every=None)
+    assert names(checkpoints) == ["step_00000050", "weights_00000000", "weights_00000020"]
 
 
 def test_what_a_killed_save_left_is_removed(checkpoints: Path) -> None:
