@@ -34,7 +34,7 @@ quickstart: .venv/.stamp  ## pretrain a small GPT on two CPU cores, then improve
 	$(TORCHRUN) configs/quickstart.toml
 
 test: .venv/.stamp  ## unit, distributed and integration tests without the slow kills
-	$(PYTEST) -m "not gpu and not kills and not browser" tests/unit tests/distributed tests/integration
+	$(PYTEST) -m "not gpu and not kills and not browser and not full" tests/unit tests/distributed tests/integration
 
 test-full: .venv/.stamp  ## all tests that need no GPU
 	$(PYTEST) -m "not gpu and not browser" tests/unit tests/distributed tests/integration

@@ -18,7 +18,7 @@ from workers import Context
 from megatron_sip import checkpoint, checkpoint_files
 from megatron_sip.config import Model, Optimizer
 from megatron_sip.forward import token_logprobs
-from megatron_sip.learner import Learner, StepStopped, needs_reference
+from megatron_sip.learner import ENGINE, Learner, StepStopped, needs_reference
 from megatron_sip.metrics import reduce_means
 from megatron_sip.mismatch import MismatchLimits
 from megatron_sip.model import (
@@ -30,10 +30,9 @@ from megatron_sip.model import (
     transformer_config,
     wrap_data_parallel,
 )
-from megatron_sip.objectives import OBJECTIVES
+from megatron_sip.objectives import picks_of
 from megatron_sip.optimizer import build_optimizer, build_scheduler
 from megatron_sip.parallel import broadcast_rows, gather_objects, shard
-from megatron_sip.pool import rank
 from megatron_sip.rollout.weight_source import MegatronWeightSource
 from megatron_sip.rows import make_micro_batches, row_length
 from megatron_sip.types import TrainRows, TrainState
@@ -114,10 +113,7 @@ class Spy:
 def micro_batches(case: cases.Case, positions: np.ndarray) -> list[TrainRows]:
     pools, rewards = cases.pools_of(case)
     pools, rewards = [pools[i] for i in positions], [rewards[i] for i in positions]
-    order = [
-        rank(r, seed=1, sample_id=p.sample.sample_id) for p, r in zip(pools, rewards, strict=True)
-    ]
-    picks = OBJECTIVES[case.objective.name][0](pools, rewards, case.objective, order)
+    picks = picks_of(pools, rewards, case.objective, seed=1)
     return make_micro_batches(
         pools,
         picks,
@@ -154,7 +150,9 @@ def step_once(ctx: Context, case: cases.Case) -> dict[str, Any]:
     reference = None
     result: dict[str, Any] = {"reference": {}}
     result["policy"] = export(ctx, learner.policy, model)
-    if needs_reference(case.objective):
+    if case.engine_reference:
+        reference = ENGINE
+    elif needs_reference(case.objective):
         _, reference = module_with_weights(ctx, model, seed=2)
         reference.requires_grad_(False)
         result["reference"] = export(ctx, bare(reference), model)

@@ -13,15 +13,30 @@ import torch
 from workers import Layout, Workers
 
 LAYOUTS = [Layout(), Layout(tp=2), Layout(pp=2), Layout(dp=2), Layout(tp=2, pp=2)]
+MORE_LAYOUTS = [Layout(tp=2, dp=2), Layout(pp=2, dp=2)]  # make test-full
+ALL_LAYOUTS = [*LAYOUTS, *(pytest.param(x, marks=pytest.mark.full) for x in MORE_LAYOUTS)]
 TOLERANCE = 1e-5  # of a tensor's norm, or of 1e-6 of the norm of all gradients where that is larger
+BATCH = 12  # cases of one task: fewer starts of process groups, within the task's time limit
 _results: dict[Layout, dict[str, dict[str, Any]]] = {}
+_selected: list[str] = []
 
 
 def result_of(workers: Workers, layout: Layout, name: str) -> dict[str, Any]:
-    """Rank 0's result of a case; all cases of a layout run in one task."""
-    if layout not in _results:
-        _results[layout] = workers.run(layout, tasks.step_all, tuple(cases.CASES))[0]
-    return _results[layout][name]
+    """Rank 0's result of a case; several cases of a layout run in one task."""
+    known = _results.setdefault(layout, {})
+    if name not in known:
+        asked = [n for n in _selected if n not in known][:BATCH]
+        known |= workers.run(layout, tasks.step_all, tuple(dict.fromkeys([name, *asked])))[0]
+    return known[name]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _selection(request: pytest.FixtureRequest) -> None:
+    """The cases that this session will ask for."""
+    params = (getattr(item, "callspec", None) for item in request.session.items)
+    _selected.extend(dict.fromkeys(p.params["name"] for p in params if p and "name" in p.params))
+    if any(item.name.startswith("test_step_moves") for item in request.session.items):
+        _selected[:] = cases.CASES
 
 
 @functools.cache
@@ -36,7 +51,7 @@ def plain(name: str) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("name", cases.CASES)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", ALL_LAYOUTS, ids=str)
 def test_loss_and_every_gradient_equal_the_plain_float64_model(
     workers: Workers, layout: Layout, name: str, record_property: Any
 ) -> None:
@@ -54,6 +69,8 @@ def test_loss_and_every_gradient_equal_the_plain_float64_model(
     record_property("worst_gradient_error", max(worst.values()))
     assert max(worst.values()) <= TOLERANCE, sorted(worst.items(), key=lambda x: -x[1])[:5]
     assert found["metrics"]["grad_norm"] == pytest.approx(whole, rel=1e-5)
+    for tensor, gradient in gradients.items():  # embeddings of tokens that no row holds, and so on
+        assert not found["gradients"][tensor][gradient.numpy() == 0].any(), tensor
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -68,6 +85,7 @@ def test_step_moves_the_weights_the_same_way_in_every_layout(
             np.testing.assert_array_equal(found["policy"][tensor], before)
             moved, expected = found["after"][tensor] - before, one["after"][tensor] - before
             # Adam's first step is lr x sign(gradient): compare where the sign is beyond rounding
-            sure = np.abs(one["gradients"][tensor]) > 1e-5 * np.abs(one["gradients"][tensor]).max()
+            size = np.abs(one["gradients"][tensor])
+            sure = size > 2e-5 * size.max()
             np.testing.assert_allclose(moved[sure], expected[sure], rtol=1e-2, atol=1e-6)
         assert any(np.any(found["after"][t] != w) for t, w in one["policy"].items())
