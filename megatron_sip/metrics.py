@@ -39,6 +39,7 @@ METRICS: dict[str, Metric] = {
     "objective/margin_accuracy": Metric("fraction", "live pairs with a positive margin"),
     "objective/chosen_logratio": Metric("nats", "policy minus reference, sum over a chosen"),
     "objective/rejected_logratio": Metric("nats", "policy minus reference, sum over a rejected"),
+    "objective/entropy": Metric("nats/token", "entropy of the policy where live tokens are scored"),
     "reward/chosen": Metric("reward", "total reward of the chosen candidates"),
     "reward/rejected": Metric("reward", "total reward of the rejected candidates"),
     "pool/rollout_chosen_rate": Metric("fraction", "pools whose best candidate is a rollout"),

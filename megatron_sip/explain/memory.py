@@ -15,6 +15,7 @@ from megatron_sip.explain.shapes import Shape
 from megatron_sip.explain.workload import Workload
 
 FP32 = 4
+HEAD_BYTES = 24  # a token: its label's row and four sums of the softmax, by loss_head.py
 NCCL_BUFFERS = 2  # packed_num_buffers of rollout/weight_transfer.py
 
 
@@ -100,7 +101,8 @@ def activation_bytes(config: Config, workload: Workload, shape: Shape, *, stage:
         local layers (CPU):          6h + (4q + a S + 5f) / TP
         Transformer Engine (CUDA):   4h + (3q + 3k + 3f) / TP    (flash attention, not measured)
 
-    The last stage adds 3h of the final norm and V / TP of fp32 softmax. Stage i of P keeps
+    The last stage adds 3h of the final norm, and bytes that do not depend on the vocabulary: the
+    loss head computes its logits again in the backward pass. Stage i of P keeps
     min(P - i, micro-batches) micro-batches at once (1F1B).
     """
     p = config.parallel
@@ -115,7 +117,7 @@ def activation_bytes(config: Config, workload: Workload, shape: Shape, *, stage:
     tokens = workload.rows_per_micro_batch * workload.row_length
     a_batch = tokens * layer * element * shape.num_layers / pp
     if stage == pp - 1:
-        a_batch += tokens * (3 * h * element + shape.vocab_size / tp * FP32)
+        a_batch += tokens * (3 * h * element + HEAD_BYTES)
     return round(a_batch * min(pp - stage, workload.micro_batches))
 
 

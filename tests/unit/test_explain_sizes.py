@@ -137,9 +137,9 @@ def test_memory_of_the_quickstart_by_hand() -> None:
     count = 5_048_576
     assert found.weights == found.gradients == found.start_policy == 4 * count
     assert found.optimizer == 8 * count // 2 and found.reference == 0
-    # 28 rows of 95 positions, 4 layers of 6h + 4q + 5f + heads x 95, the final norm, the softmax
+    # 28 rows of 95 positions, 4 layers of 6h + 4q + 5f + heads x 95, the final norm, the head
     layer = 6 * 256 + 4 * 256 + 5 * 704 + 8 * 95
-    assert found.activations == 28 * 95 * 4 * (4 * layer + 3 * 256 + 4096)
+    assert found.activations == 28 * 95 * 4 * (4 * layer + 3 * 256 + 6)
     assert found.total == found.steady + found.activations + found.exchange
 
 
