@@ -1,7 +1,7 @@
 """Rows -> per-token log-probs, the one seam for policy and reference alike; and the pipeline step.
 
-Log-probs are minus the NLL that Megatron-Core's GPTModel returns for given labels: right under
-tensor parallelism without gathering the vocabulary, fp32, at temperature 1.
+Log-probs are minus the NLL that SipGPTModel returns for given labels: by our own loss head, right
+under tensor parallelism without gathering the vocabulary, fp32, at temperature 1.
 """
 
 from __future__ import annotations
@@ -15,17 +15,22 @@ import torch
 
 from megatron_sip.types import TrainRows
 
-MicroLoss = Callable[[torch.Tensor, TrainRows], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]]
-"""(log-probs float32[R, S], rows) -> (loss with gradient, int32 token count, report)."""
+MicroLoss = Callable[
+    [torch.Tensor, torch.Tensor, TrainRows], tuple[torch.Tensor, torch.Tensor, dict[str, Any]]
+]
+"""(log-probs float32[R, S], entropy float32[R, S] without gradient, rows) -> (loss with gradient,
+int32 token count, report)."""
 
 
-def _forward(model: Any, rows: TrainRows) -> torch.Tensor:
-    """NLL float32[R, S] of the labels on the last stage, hidden states on the others."""
+def _forward(model: Any, rows: TrainRows, *, with_entropy: bool) -> Any:
+    """NLL float32[R, S] of the labels on the last stage, or (NLL, entropy); hidden states before.
+    """  # fmt: skip
     return model(
         input_ids=rows.tokens,
         position_ids=rows.position_ids.expand(3, -1, -1),
         attention_mask=rows.branch_ids if rows.branch_ids.numel() else None,
         labels=rows.labels,
+        with_entropy=with_entropy,
     )
 
 
@@ -64,7 +69,7 @@ def token_logprobs(model: Any, batches: Sequence[TrainRows]) -> list[torch.Tenso
             zero = nll.new_zeros(())
             return zero, zero.int(), {"logprobs": -nll.float()}
 
-        return _forward(module, next(iterator)), report
+        return _forward(module, next(iterator), with_entropy=False), report
 
     with torch.no_grad():
         reports = _run(model, batches, step, forward_only=True)
@@ -90,10 +95,14 @@ def forward_backward(policy: Any, batches: Sequence[TrainRows], loss: MicroLoss)
 
     def step(iterator: Any, module: Any) -> tuple[torch.Tensor, Any]:
         rows = next(iterator)
-        return _forward(module, rows), partial(_apply, loss, rows)
+        output = _forward(module, rows, with_entropy=True)
+        if not isinstance(output, tuple):  # hidden states, for the next stage
+            return output, None
+        nll, entropy = output
+        return nll, partial(_apply, loss, rows, entropy)
 
     return _run(policy, batches, step, forward_only=False)
 
 
-def _apply(loss: MicroLoss, rows: TrainRows, nll: torch.Tensor) -> Any:
-    return loss(-nll.float(), rows)
+def _apply(loss: MicroLoss, rows: TrainRows, entropy: torch.Tensor, nll: torch.Tensor) -> Any:
+    return loss(-nll.float(), entropy, rows)

@@ -112,7 +112,7 @@ class Learner:
         """Count of each term and of scored tokens over all ranks, from the rows alone."""
         local: dict[str, float] = {TOKENS: 0.0}
         for rows in batches:
-            local[TOKENS] += int(_live_tokens(rows))
+            local[TOKENS] += int(_live_labels(rows).sum())
             for term in loss(torch.zeros_like(rows.rollout_logprobs), rows, settings):
                 local[term.name] = local.get(term.name, 0.0) + float(term.count)
         totals = sum_over_data_parallel(list(local.values()), self.platform)
@@ -180,10 +180,10 @@ def _with_logprobs_of(reference: Any, batches: Sequence[TrainRows]) -> list[Trai
     return with_reference(reference, batches)
 
 
-def _live_tokens(rows: TrainRows) -> torch.Tensor:
-    """Number of labels in segments of weight > 0, int32[]."""
+def _live_labels(rows: TrainRows) -> torch.Tensor:
+    """bool[R, S]: labels in segments of weight > 0."""
     live = torch.cat([rows.weights > 0, rows.weights.new_zeros(1, dtype=torch.bool)])
-    return live[rows.segment_ids.long()].sum().int()  # index -1 is the appended False
+    return live[rows.segment_ids.long()]  # index -1 is the appended False
 
 
 def _micro_loss(
@@ -191,14 +191,17 @@ def _micro_loss(
 ) -> MicroLoss:
     """Loss of one micro-batch in Megatron's terms, with its report."""
 
-    def micro(logprobs_RS: torch.Tensor, rows: TrainRows) -> Any:
+    def micro(logprobs_RS: torch.Tensor, entropy_RS: torch.Tensor, rows: TrainRows) -> Any:
         terms = loss(logprobs_RS, rows, settings)
         scaled = total_loss(terms, counts)
         means: Means = {"loss": (float(scaled.detach()), 0.0)}
         for term in terms:
             means |= {k: (float(v[0]), float(v[1])) for k, v in term.metrics.items()}
+        live_RS = _live_labels(rows)
+        tokens = live_RS.sum().int()
+        means["objective/entropy"] = (float(entropy_RS[live_RS].sum()), float(tokens))
         report = {"means": means, "gaps": engine_gaps(logprobs_RS.detach(), rows, version)}
-        return scaled * counts[TOKENS], _live_tokens(rows), report
+        return scaled * counts[TOKENS], tokens, report
 
     return micro
 

@@ -41,6 +41,7 @@ METRICS: dict[str, Metric] = {
     "objective/margin_accuracy": Metric("fraction", "live pairs with a positive margin"),
     "objective/chosen_logratio": Metric("nats", "policy minus reference, sum over a chosen"),
     "objective/rejected_logratio": Metric("nats", "policy minus reference, sum over a rejected"),
+    "objective/entropy": Metric("nats/token", "entropy of the policy where live tokens are scored"),
     "objective/chosen_logprob": Metric("nats/token", "simpo: mean log-prob of a chosen"),
     "objective/rejected_logprob": Metric("nats/token", "simpo: mean log-prob of a rejected"),
     "objective/grpo": Metric("1", "GRPO loss a live sample; minus the mean advantage at ratio 1"),

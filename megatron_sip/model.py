@@ -1,4 +1,4 @@
-"""Config -> Megatron-Core GPTModel, its first weights, and the data-parallel wrapper."""
+"""Config -> SipGPTModel, its first weights, and the data-parallel wrapper."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Policy:
     """The model under training."""
 
     config: Any  # megatron.core TransformerConfig
-    module: Any  # GPTModel of this rank
+    module: Any  # SipGPTModel of this rank
     ddp: Any  # the same, wrapped for data parallel (and half precision on CUDA)
 
 
@@ -56,12 +56,13 @@ def transformer_config(model: Model, parallel: Parallel, platform: Platform) -> 
 
 
 def build_module(config: Any, model: Model, platform: Platform, *, vocab_size: int) -> Any:
-    """GPTModel of this rank with uninitialised weights.
+    """SipGPTModel of this rank with uninitialised weights.
 
     Raises: ValueError if the vocabulary cannot be split over tensor-parallel ranks.
     """
     from megatron.core import parallel_state
-    from megatron.core.models.gpt.gpt_model import GPTModel
+
+    from megatron_sip.gpt import SipGPTModel  # after the platform patched Megatron-Core
 
     tp = config.tensor_model_parallel_size
     if vocab_size % tp:
@@ -69,7 +70,7 @@ def build_module(config: Any, model: Model, platform: Platform, *, vocab_size: i
             f"tokenizer has {vocab_size} pieces, which parallel.tensor_model_parallel_size {tp} "
             "does not divide; train a tokenizer whose size it divides"
         )
-    module = GPTModel(
+    module = SipGPTModel(
         config=config,
         transformer_layer_spec=platform.decoder_spec(config),
         vocab_size=vocab_size,

@@ -149,7 +149,7 @@ def update(batches: list[TrainRows], policy: Policy) -> tuple[float, torch.Tenso
 
 
 def weighted_logprobs(
-    logprobs_RS: torch.Tensor, rows: TrainRows
+    logprobs_RS: torch.Tensor, entropy_RS: torch.Tensor, rows: TrainRows
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
     loss = (rows.weights * segment_sums(logprobs_RS, rows)).sum()
     return loss, torch.ones((), dtype=torch.int32), {}

@@ -47,8 +47,10 @@ def forward_flops(shape: Shape, *, rows: float, length: int, causal_share: float
 
 
 def training_flops(shape: Shape, *, rows: float, length: int, causal_share: float) -> float:
-    """Forward and backward: each product has two in the backward pass."""
-    return 3 * forward_flops(shape, rows=rows, length=length, causal_share=causal_share)
+    """Forward and backward: each product has two in the backward pass, and the loss head, which
+    keeps no logits, computes its own once more."""
+    forward = forward_flops(shape, rows=rows, length=length, causal_share=causal_share)
+    return 3 * forward + 2.0 * rows * length * shape.head
 
 
 def serving_flops(shape: Shape, work: Prompts, *, prefix_cache: bool) -> float:

@@ -16,6 +16,7 @@ from megatron_sip.explain.shapes import Shape
 from megatron_sip.explain.workload import Workload
 
 FP32 = 4
+HEAD_BYTES = 24  # a token: its label's row and four sums of the softmax, by loss_head.py
 NCCL_BUFFERS = 2  # packed_num_buffers of rollout/weight_transfer.py
 
 
@@ -105,9 +106,10 @@ def activation_bytes(config: Config, workload: Workload, shape: Shape, *, stage:
         Transformer Engine (CUDA):   4h + (3q + 3k + 3f) / TP    (flash attention, not measured)
 
     On the CPU rows that share a prefix keep their S x S mask, one for all layers of a stage. The
-    last stage adds 3h of the final norm and V / TP of fp32 softmax. With full recomputation a layer
-    keeps its input of h, and one layer at a time the rest. Stage i of P keeps min(P - i,
-    micro-batches) micro-batches at once (1F1B).
+    last stage adds 3h of the final norm, and bytes that do not depend on the vocabulary: the loss
+    head computes its logits again in the backward pass. With full recomputation a layer keeps its
+    input of h, and one layer at a time the rest. Stage i of P keeps min(P - i, micro-batches)
+    micro-batches at once (1F1B).
     """
     p = config.parallel
     tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
@@ -127,7 +129,7 @@ def activation_bytes(config: Config, workload: Workload, shape: Shape, *, stage:
     if config.platform.kind == "cpu" and config.objective.row_layout == "shared_prefix":
         a_batch += tokens * workload.row_length * element
     if stage == pp - 1:
-        a_batch += tokens * (3 * h * element + shape.vocab_size / tp * FP32)
+        a_batch += tokens * (3 * h * element + HEAD_BYTES)
     return round(a_batch * min(pp - stage, workload.micro_batches))
 
 

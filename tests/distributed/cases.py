@@ -61,10 +61,8 @@ class Case:
 
     @property
     def model(self) -> Model:
-        model = tiny_model(tied=self.tied)
-        return model.model_copy(
-            update={"recompute_granularity": "full" if self.recompute else None}
-        )
+        changed = {"recompute_granularity": "full"} if self.recompute else {}
+        return tiny_model(tied=self.tied).model_copy(update=changed)
 
 
 def _cases() -> list[Case]:

@@ -84,8 +84,8 @@ def test_step_moves_the_weights_the_same_way_in_every_layout(
         for tensor, before in one["policy"].items():
             np.testing.assert_array_equal(found["policy"][tensor], before)
             moved, expected = found["after"][tensor] - before, one["after"][tensor] - before
-            # Adam's first step is lr x sign(gradient): compare where the sign is beyond rounding
-            size = np.abs(one["gradients"][tensor])
-            sure = size > 2e-5 * size.max()
+            # Adam's first step is lr x g / (|g| + 1e-8): compare where rounding leaves g its sign
+            # and the clipped g is far above 1e-8
+            sure = np.abs(one["gradients"][tensor]) > 1e-4 * np.abs(one["gradients"][tensor]).max()
             np.testing.assert_allclose(moved[sure], expected[sure], rtol=1e-2, atol=1e-6)
         assert any(np.any(found["after"][t] != w) for t, w in one["policy"].items())

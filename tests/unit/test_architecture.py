@@ -38,7 +38,7 @@ LAYERS = {
     1: ("types", "errors", "config", "config_base", "config_metrics", "config_objective",
         "config_rules", "config_rules_objective", "recipe"),
     2: (
-        "pool", "rows", "curriculum", "objectives.", "metrics", "data.permutation",
+        "pool", "rows", "curriculum", "loss_head", "objectives.", "metrics", "data.permutation",
         "judge.schedules", "judge.scoring", "judge.prompts", "judge.criteria",
         "judge.text_model", "rewrite_text",
         "evaluation.statistics", "convert.names", "rollout.digest",
@@ -139,8 +139,8 @@ def test_imports_point_from_loop_to_effects_to_pure_files_to_types() -> None:
 def test_megatron_core_is_imported_in_the_named_files_only() -> None:
     users = {name_of(p) for p in FILES if any(within(n, "megatron.core") for n in imports(p))}
     assert users <= {
-        "platform.py", "mcore_patches.py", "parallel.py", "model.py", "forward.py", "optimizer.py",
-        "checkpoint.py", "rollout/weight_source.py", "data/indexed_dataset.py",
+        "platform.py", "mcore_patches.py", "parallel.py", "gpt.py", "model.py", "forward.py",
+        "optimizer.py", "checkpoint.py", "rollout/weight_source.py", "data/indexed_dataset.py",
     }  # fmt: skip
 
 

@@ -137,9 +137,9 @@ def test_memory_of_the_quickstart_by_hand() -> None:
     count = 5_048_576
     assert found.weights == found.gradients == found.start_policy == 4 * count
     assert found.optimizer == 8 * count // 2 and found.reference == 0
-    # 4 rows of 63 + 7 x 32 positions, 4 layers of 6h + 4d + 4q + heads + 5f, mask, norm, softmax
+    # 4 rows of 63 + 7 x 32 positions, 4 layers of 6h + 4d + 4q + heads + 5f, mask, norm, the head
     layer = 6 * 256 + 4 * 32 + 4 * 256 + 8 + 5 * 704
-    assert found.activations == 4 * 287 * 4 * (4 * layer + 287 + 3 * 256 + 4096)
+    assert found.activations == 4 * 287 * 4 * (4 * layer + 287 + 3 * 256 + 6)
     assert found.total == found.steady + found.activations + found.exchange
 
 
