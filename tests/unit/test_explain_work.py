@@ -150,7 +150,7 @@ def test_roles_of_the_quickstart() -> None:
     assert found["rollout"].new_tokens == 64 * 32
     assert found["judge: likelihood"].prompt_tokens == 80 * (64 + 32)  # at the most
     assert found["judge: novelty"].flops == 0
-    head = 2 * 5_320 * 4096 * 256  # computed once more in the backward pass
+    head = 2 * 8 * 287 * 4096 * 256  # computed once more in the backward pass
     train, reference = found["train"].flops, found["reference"].flops
     assert train is not None and reference is not None and train == 3 * reference + head
     # 512 prefixes, twice in 48 steps; two scorers on 512 rows of 95 positions

@@ -27,7 +27,7 @@ from megatron_sip.config_objective import (
 from megatron_sip.judge.schedules import next_questions
 from megatron_sip.judge.scoring import score_pool
 from megatron_sip.rows import make_micro_batches, make_rows
-from megatron_sip.types import CandidatePool, Pick, PoolRewards, Verdict
+from megatron_sip.types import CandidatePool, Pick, PoolRewards, RowLayout, Verdict
 
 SUFFIX = 6  # N: longest candidate
 OBJECTIVES: list[Any] = [
@@ -186,14 +186,17 @@ def test_a_dead_pool_changes_nothing(objective: Any, drawn: Any) -> None:
 
 @few
 @given(pools(max_size=5), st.integers(1, 3))
+@pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_micro_batches_of_uneven_pools_have_one_shape_and_the_same_live_segments(
-    objective: Any, drawn: Any, size: int
+    objective: Any, drawn: Any, size: int, layout: RowLayout
 ) -> None:
     made, found = drawn
     made, found = made * size, found * size  # a multiple of the micro-batch
     picks = picks_for(made, found, objective)
-    batches = make_micro_batches(made, picks, micro_batch_size=size, length=12, pad=0)
+    batches = make_micro_batches(
+        made, picks, micro_batch_size=size, layout=layout, length=12, multiple=1, pad=0
+    )
     assert len({b.tokens.shape for b in batches}) == 1 and len(batches[0].tokens) > 0
     live = sum(int((b.weights > 0).sum()) for b in batches)
     assert live == sum(p.weight > 0 for of_pool in picks for p in of_pool)
