@@ -189,7 +189,7 @@ def test_a_dead_pool_changes_nothing(objective: Any, drawn: Any) -> None:
 @pytest.mark.parametrize("layout", ["padded", "shared_prefix"])
 @pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
 def test_micro_batches_of_uneven_pools_have_one_shape_and_the_same_live_segments(
-    objective: Any, drawn: Any, size: int, layout: RowLayout
+    objective: Any, layout: RowLayout, drawn: Any, size: int
 ) -> None:
     made, found = drawn
     made, found = made * size, found * size  # a multiple of the micro-batch
