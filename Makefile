@@ -6,7 +6,7 @@ PYTEST := $(BIN)/python -m pytest
 TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 pretrain_sip.py --config
 JUDGE := data/quickstart/smollm2-135m-instruct
 
-.PHONY: help setup quickstart test test-full test-browser lint format clean
+.PHONY: help setup quickstart test test-full test-mutations test-browser lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -38,6 +38,9 @@ test: .venv/.stamp  ## unit, distributed and integration tests without the slow 
 
 test-full: .venv/.stamp  ## all tests that need no GPU
 	$(PYTEST) -m "not gpu and not browser" tests/unit tests/distributed tests/integration
+
+test-mutations: .venv/.stamp  ## break the code in many ways, each caught by a test
+	$(PYTEST) -m mutations tests/mutations
 
 test-browser: .venv/.stamp  ## the report page in headless Chromium, installed if it is missing
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; }

@@ -7,7 +7,6 @@ backward. The ceiling is the ratio of positions that must be computed.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_sip.config import Model, Optimizer, Parallel, PlatformConfig
+from megatron_sip.benchmark.single_rank import single_rank
+from megatron_sip.config import Model, Optimizer
 from megatron_sip.forward import forward_backward
 from megatron_sip.model import (
     Policy,
@@ -27,10 +27,7 @@ from megatron_sip.model import (
     wrap_data_parallel,
 )
 from megatron_sip.objectives.terms import segment_sums
-from megatron_sip.parallel import initialize
-from megatron_sip.platform import Platform, cpu
 from megatron_sip.rows import make_micro_batches, row_length
-from megatron_sip.serving.ports import free_port
 from megatron_sip.types import Candidate, CandidatePool, Pick, RowLayout, SipSample, TrainRows
 
 VOCAB = 4096
@@ -68,19 +65,12 @@ SETTINGS = (
 
 def shared_prefix(settings: Sequence[Setting] = SETTINGS) -> dict[str, Any]:
     """Ratio of seconds, padded over shared, for each setting (median of the repetitions)."""
-    for name, value in {
-        "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-    }.items():  # fmt: skip
-        os.environ.setdefault(name, value)
-    platform = cpu(PlatformConfig(kind="cpu"))
-    parallel = Parallel(world_size=1)
-    initialize(parallel, platform, seed=1)
+    platform, parallel = single_rank()
     config = transformer_config(MODEL, parallel, platform)
     module = build_module(config, MODEL, platform, vocab_size=VOCAB)
     initialize_randomly(module, MODEL, seed=1)
     policy = wrap_data_parallel(config, module, Optimizer(lr=1e-3), platform)
-    results = {s.name: compare(s, policy, platform) for s in settings}
+    results = {s.name: compare(s, policy) for s in settings}
     return {
         "name": "shared-prefix",
         "settings": {
@@ -93,7 +83,7 @@ def shared_prefix(settings: Sequence[Setting] = SETTINGS) -> dict[str, Any]:
     }
 
 
-def compare(setting: Setting, policy: Policy, platform: Platform) -> dict[str, float]:
+def compare(setting: Setting, policy: Policy) -> dict[str, float]:
     """Both layouts in turn, so that a change of the machine's speed meets both."""
     batches = {layout: rows_of(setting, layout) for layout in LAYOUTS}
     gradients = {layout: update(batches[layout], policy)[1] for layout in LAYOUTS}  # warm-up
