@@ -83,7 +83,7 @@ def build(ctx: Context, config: Config, bad: tuple[int, ...], *, seed: int) -> R
         config=config, platform=ctx.platform, ranks=ctx.ranks,
         learner=tasks.build_learner(ctx, config.model, seed=seed),
         experience=Pools(bad, last) if ctx.ranks.is_io else None, exchange=None,
-        timer=PhaseTimer(), console=SilentConsole(), row_length=tasks.LENGTH, pad=0,
+        timer=PhaseTimer(), console=SilentConsole(), row_length=tasks.LENGTH, row_multiple=1, pad=0,
         vocab_size=cases.VOCAB,
         state=TrainState(0, 0, 0, curriculum.initial_stats(config.curriculum), {}),
         identity=tasks.identity_of(config.model), record_pools=False,
