@@ -9,7 +9,7 @@ import pytest
 import run_tasks
 from workers import Layout, Workers
 
-LAYOUTS = [Layout(), Layout(dp=2), Layout(tp=2, pp=2)]
+LAYOUTS = [Layout(dp=2), Layout(tp=2, pp=2)]
 SNAPSHOT = {"reference": {"kind": "snapshot", "interval": 3}}
 SKIP = {"optimizer": {"nonfinite": "skip", "max_skipped_steps": 2}}
 
@@ -39,7 +39,8 @@ def test_resumed_run_compares_with_the_same_snapshots_bit_for_bit(
         for step, found in before["steps"].items():
             if versions[step]:
                 assert found["reference"] == before["steps"][versions[step] - 1]["weights"]
-        assert before["kept"] == ["step_00000008", "weights_00000000", "weights_00000006"]
+    kept = ["step_00000008", "weights_00000000", "weights_00000006"]
+    assert whole[0]["kept"] == again[0]["kept"] == kept
     margins = [s["metrics"]["objective/margin"] for s in whole[0]["steps"].values()]
     assert [m == 0.0 for m in margins] == [step in (0, 3, 6) for step in range(8)]
 
@@ -58,7 +59,7 @@ def test_engine_as_reference_needs_no_model(
     assert found["kept"] == other["kept"] == ["step_00000002", "weights_00000000"]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_step_that_is_not_finite_is_skipped_on_all_ranks_and_changes_no_weight(
     workers: Workers, layout: Layout, tmp_path: Path
 ) -> None:
@@ -80,7 +81,7 @@ def test_step_that_is_not_finite_is_skipped_on_all_ranks_and_changes_no_weight(
     assert all("lr" in m for m in metrics)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[1:], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS[:1], ids=str)
 def test_too_many_skipped_steps_in_a_row_stop_the_run_also_a_resumed_one(
     workers: Workers, layout: Layout, tmp_path: Path
 ) -> None:

@@ -58,6 +58,13 @@ def test_staged_plans_name_sources_rollouts_and_objective() -> None:
     assert [s.prefix_weight for s in settings] == [0.3, 0.3, 0.3]
 
 
+def test_early_stages_keep_what_all_objectives_have() -> None:
+    config = recipe(STAGED)
+    config.objective = DPO.model_copy(update={"row_layout": "shared_prefix"})
+    plans = [curriculum.plan(config, at(stage)) for stage in range(3)]
+    assert [curriculum.settings_of(config, p).row_layout for p in plans] == ["shared_prefix"] * 3
+
+
 def test_nll_ends_with_its_token_budget_and_not_before() -> None:
     stats = after(curriculum.initial_stats(STAGED), None, None)
     assert stats["stage"] == 0 and stats["suffix_tokens"] == 80

@@ -175,6 +175,28 @@ def test_staged_run_holds_a_reference_beside_the_start_policy() -> None:
     assert found.reference == found.start_policy > 0
 
 
+@pytest.mark.parametrize(
+    ("overrides", "copies", "folders"),
+    [
+        ([], 0, 1),
+        (['reference={ kind = "rollout" }'], 0, 1),
+        # kept after 20 and 40 of 40 steps: compared with those of step 15 and 35
+        (['reference={ kind = "snapshot", interval = 5 }'], 1, 3),
+        (['objective={ name = "simpo" }'], 0, 1),
+    ],
+)
+def test_memory_and_files_of_each_kind_of_reference(
+    overrides: list[str], copies: int, folders: int
+) -> None:
+    config = recipe("quickstart", "run.steps=40", "checkpoint.interval=20", *overrides)
+    parameters = count_parameters(config.model, config.parallel, vocab_size=4096)
+    shape, work = policy_shape(config.model, vocab_size=4096), work_of(config)
+    (found,) = rank_memory(config, parameters, work, shape)
+    assert found.reference == copies * found.start_policy
+    files = {f.path: f for f in run_files(config, parameters, work, Lengths(64.0, {}, {}, {}))}
+    assert files["checkpoints/weights_*/"].count == folders
+
+
 def test_exchange_needs_a_bucket_and_its_file_or_packed_buffers() -> None:
     quickstart, cuda = recipe("quickstart"), recipe("continual_quality")
     small = policy_shape(quickstart.model, vocab_size=4096)

@@ -8,7 +8,16 @@ import pytest
 from pool_helpers import candidate, pool, sample
 
 from megatron_sip.config import Config
-from megatron_sip.config_objective import DpoObjective, NllObjective, Objective, RfNllObjective
+from megatron_sip.config_objective import (
+    DpoObjective,
+    DpoRewriteObjective,
+    GrpoObjective,
+    NllObjective,
+    Objective,
+    RfNllObjective,
+    SftRewriteObjective,
+    SimpoObjective,
+)
 from megatron_sip.experience import no_rewards
 from megatron_sip.explain.flops import Prompts, forward_flops, serving_flops, training_flops
 from megatron_sip.explain.plan import describe_platform, too_long
@@ -82,6 +91,26 @@ def test_stages_of_a_curriculum_differ() -> None:
     assert [w.uses_reference for w in (nll, rf_nll, final)] == [False, False, True]
 
 
+@pytest.mark.parametrize(
+    ("overrides", "rows", "reference", "asked"),
+    [
+        (['objective={ name = "grpo" }'], 8, False, 80),
+        (['objective={ name = "grpo", kl_weight = 0.1 }'], 8, True, 80),
+        (['objective={ name = "dpo_rewrite" }'], 2, True, 0),
+        (['objective={ name = "sft_rewrite" }'], 1, False, 0),
+        (['objective={ name = "simpo" }'], 2, False, 80),
+        (['reference={ kind = "rollout" }'], 7, False, 80),
+        (['reference={ kind = "snapshot", interval = 5 }'], 7, True, 80),
+    ],
+)
+def test_rows_reference_pass_and_verdicts_follow_the_objective(
+    overrides: list[str], rows: int, reference: bool, asked: int
+) -> None:
+    (work,) = stages(recipe("quickstart", *overrides))
+    assert (work.rows, work.uses_reference) == (8 * rows, reference)
+    assert work.verdicts["likelihood"] == work.verdicts["novelty"] == asked
+
+
 def test_row_length_is_rounded_up_for_fp8() -> None:
     config = recipe("continual_quality", "platform.fp8={}")
     (work,) = stages(config)
@@ -96,6 +125,11 @@ def test_row_length_is_rounded_up_for_fp8() -> None:
         RfNllObjective(name="rf_nll", prefix_weight=1.0),
         DpoObjective(name="dpo"),
         DpoObjective(name="dpo", pairs_per_pool=3, suffix_weight=0.5, prefix_weight=0.5),
+        SftRewriteObjective(name="sft_rewrite"),
+        DpoRewriteObjective(name="dpo_rewrite", pairs_per_pool=2),
+        SimpoObjective(name="simpo", chosen_weight=0.5),
+        GrpoObjective(name="grpo", prefix_weight=1.0),
+        GrpoObjective(name="grpo", suffix_weight=0.5),
     ],
     ids=lambda s: f"{s.name}-{s.prefix_weight}",
 )

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_sip.config import LikelihoodCriterion, PairwiseCriterion
-from megatron_sip.judge.scoring import score_pool
+from megatron_sip.judge.scoring import finite_or_missing, score_pool
 from megatron_sip.types import Verdict
 
 PAIR = PairwiseCriterion(
@@ -28,6 +28,7 @@ def pools(draw, missing=True):
     return num, verdicts
 
 
+@settings(deadline=None)
 @given(pools(missing=False))
 def test_pairwise_scores_of_a_full_pool_sum_to_half_its_size(pool):
     num, verdicts = pool
@@ -36,6 +37,7 @@ def test_pairwise_scores_of_a_full_pool_sum_to_half_its_size(pool):
     assert rewards.valid.all() and rewards.num_missing == 0
 
 
+@settings(deadline=None)
 @given(pools(), st.randoms())
 def test_scores_permute_with_the_candidates(pool, random):
     num, verdicts = pool
@@ -53,6 +55,7 @@ def test_scores_permute_with_the_candidates(pool, random):
     assert after.num_missing == before.num_missing == sum(v.score is None for v in verdicts)
 
 
+@settings(deadline=None)
 @given(pools())
 def test_who_is_named_first_in_a_verdict_does_not_matter(pool):
     num, verdicts = pool
@@ -65,6 +68,7 @@ def test_who_is_named_first_in_a_verdict_does_not_matter(pool):
     np.testing.assert_allclose(first.total, second.total, rtol=1e-5, atol=1e-6)
 
 
+@settings(deadline=None)
 @given(pools())
 def test_a_missing_verdict_never_enters_a_mean(pool):
     num, verdicts = pool
@@ -106,3 +110,27 @@ def test_ties_stay_ties():
 def test_a_pool_of_one_has_no_pairwise_score():
     rewards = score_pool([], 1, (PAIR,))
     assert not rewards.valid[0] and np.isnan(rewards.total[0])
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), float("-inf")])
+def test_a_score_that_is_not_finite_is_a_missing_verdict(score):
+    verdicts = [
+        Verdict("q", 0, 1, 0, 0.75, ""), Verdict("q", 0, 2, 0, score, ""),
+        Verdict("q", 1, 2, 0, 0.5, ""),
+    ]  # fmt: skip
+    rewards = score_pool(verdicts, 3, (PAIR,))
+    np.testing.assert_allclose(rewards.by_criterion["q"], [0.75, (0.25 + 0.5) / 2, 0.5])
+    assert rewards.num_missing == 1 and rewards.valid.all()
+    alone = score_pool([Verdict("l", 0, -1, 0, score, "")], 1, (SINGLE,))
+    assert not alone.valid[0] and np.isnan(alone.total[0]) and alone.num_missing == 1
+    said = finite_or_missing(verdicts[1])
+    assert said.score is None and said.reply == f"not usable: the score is {score}"
+    assert finite_or_missing(verdicts[0]) is verdicts[0]
+
+
+def test_a_total_that_float32_cannot_hold_is_no_reward():
+    heavy = SINGLE.model_copy(update={"weight": 1e38})
+    verdicts = [Verdict("l", i, -1, 0, s, "") for i, s in enumerate((-1.0, -9.0))]
+    rewards = score_pool(verdicts, 2, (heavy,))
+    assert rewards.valid.tolist() == [True, False]
+    assert np.isfinite(rewards.total[0]) and np.isnan(rewards.total[1])
