@@ -1,7 +1,7 @@
-"""Measure a part of megatron_sip against a named baseline, in one run on this machine.
+"""Measure a part of the trainer on this machine against the plain way to do the same.
 
-Ratios are what counts; they hold on an otherwise idle machine. Each benchmark describes its
-baseline in megatron_sip/benchmark/.
+python tools/benchmark.py loss-head
+OMP_NUM_THREADS=1 python tools/benchmark.py loss-head --json > loss_head.json
 """
 
 from __future__ import annotations
@@ -9,29 +9,30 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
 
-from megatron_sip.benchmark import BENCHMARKS
+HELP = """benchmarks:
+  loss-head      log-probs block by block against Megatron-Core's logits and cross entropy;
+                 ratios memory, time_h256, time_h2048
+  shared-prefix  the update on rows that share a prefix against padded rows;
+                 ratios grpo_k16, dpo_pair (and _long), padded / shared
+
+Ratios of loss-head are ours / plain; times are medians of interleaved repetitions. Nothing else
+should run on
+the machine: a neighbour that takes the memory bandwidth shifts ratios, too."""
 
 
 def main() -> int:
+    from megatron_sip.benchmark import BENCHMARKS, text
+
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__, epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("name", choices=sorted(BENCHMARKS), help="what to measure")
-    parser.add_argument("--json", action="store_true", help="print one JSON object only")
+    parser.add_argument("name", choices=BENCHMARKS, metavar="NAME", help="what to measure")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     arguments = parser.parse_args()
     found = BENCHMARKS[arguments.name]()
-    print(json.dumps(found) if arguments.json else readable(found))
+    print(json.dumps(found) if arguments.json else text(found))
     return 0
-
-
-def readable(found: dict[str, Any]) -> str:
-    """Settings, results and ratios, a line each."""
-    lines = [found["name"]]
-    for part in ("settings", "results", "ratios"):
-        lines += ["", part, *(f"  {key}: {value}" for key, value in found[part].items())]
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,11 @@
-"""Speed and memory as ratios against a named baseline, measured in one run.
+"""Benchmarks: what a part of the trainer costs, beside the plain way to do the same.
 
-A benchmark is a function without arguments that returns {"name", "settings", "results", "ratios"}.
+Each is a function in a file of its own that measures on this machine, in this process, and returns
+
+    {"name", "settings": what was measured, "results": numbers with units in their names,
+     "ratios": {name: number}}
+
+Times are interleaved, so that what else runs on the machine harms both sides alike.
 """
 
 from __future__ import annotations
@@ -8,10 +13,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from megatron_sip.benchmark.loss_head import loss_head
-from megatron_sip.benchmark.shared_prefix import shared_prefix
+from megatron_sip.benchmark import loss_head, shared_prefix
 
 BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
-    "loss-head": loss_head,
-    "shared-prefix": shared_prefix,
+    "loss-head": loss_head.run,
+    "shared-prefix": shared_prefix.run,
 }
+
+
+def text(found: dict[str, Any]) -> str:
+    """A benchmark's numbers for reading: one table for each part."""
+    lines = [str(found["name"])]
+    for part in ("settings", "results", "ratios"):
+        rows = {name: _shown(value) for name, value in found[part].items()}
+        width = max(map(len, rows), default=0)
+        lines += ["", part, *(f"  {name:<{width}}  {value}" for name, value in rows.items())]
+    return "\n".join(lines)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return "  ".join(map(_shown, value))
+    if isinstance(value, float):
+        return f"{value:,.3f}"
+    return f"{value:,}" if type(value) is int else str(value)

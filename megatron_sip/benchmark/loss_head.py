@@ -1,122 +1,133 @@
-"""Benchmark `loss-head`: log-probs and gradients of our head against Megatron-Core's.
+"""Our loss head against the one of Megatron-Core: memory and time, forward and backward.
 
-The baseline is what GPTModel does with labels: all logits in one product, fp32, then
-`vocab_parallel_cross_entropy`. Time is forward and backward, both heads in turn. Memory is measured
-in a fresh process each: the largest resident set above that before the pass, less the gradients
-that both must make.
+The plain head is what Megatron-Core does by itself on one rank: its ColumnParallelLinear makes
+[tokens, vocabulary] logits, its vocab_parallel_cross_entropy turns them into the softmax in place
+and keeps it. Both heads get the same hidden states, weight, labels and gradients, in fp32.
+
+Memory is the peak of tensor bytes (`measure.peak_bytes`): of the forward pass, or of both passes
+less the gradient of the weight, which either head must make, whichever is more; hidden states and
+weight exist before. The ratio is that of the worst hidden size, with entropy, which ours alone
+computes.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import resource
-import time
+import hashlib
 from collections.abc import Callable
-from statistics import median
+from functools import partial
 from typing import Any
 
 import torch
 
-from megatron_sip.benchmark.single_rank import single_rank
-from megatron_sip.loss_head import label_logprobs
+from megatron_sip.benchmark.measure import (
+    interleaved_seconds,
+    median_ratio,
+    one_rank,
+    peak_bytes,
+)
+from megatron_sip.loss_head import label_logprobs, label_logprobs_and_entropy
 
-VOCABULARY, TOKENS = 128_256, 2048
-HIDDEN_SIZES = (256, 2048)
-MEMORY_HIDDEN_SIZE = 256
+VOCABULARY = 128_256  # Llama 3's
+TOKENS = 2_048
+HIDDEN_SIZES = (256, 2_048)
 REPETITIONS = 5
-Head = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def ours(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Log-probs float32[T] of labels[T], from hidden[T, H] and weight[V, H]."""
-    return label_logprobs(hidden, weight, labels, group=None)
+def run() -> dict[str, Any]:
+    """The benchmark; about 4 GiB of memory, and several minutes on two cores.
 
-
-def naive(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """As `ours`, through all logits and Megatron-Core's cross entropy (one rank)."""
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-
-    logits = (hidden @ weight.t()).float()[:, None]  # [s, b, v]
-    return -vocab_parallel_cross_entropy(logits, labels[:, None])[:, 0]
-
-
-HEADS: dict[str, Head] = {"naive": naive, "ours": ours}
-
-
-def inputs(hidden_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    hidden = torch.randn(TOKENS, hidden_size, generator=generator).requires_grad_()
-    weight = (0.02 * torch.randn(VOCABULARY, hidden_size, generator=generator)).requires_grad_()
-    return hidden, weight, torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
-
-
-def passes(head: Head, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> Any:
-    """Seconds of forward and backward, log-probs, and gradients of hidden and weight."""
-    begun = time.perf_counter()
-    found = head(hidden, weight, labels)
-    gradients = torch.autograd.grad(found.sum(), (hidden, weight))
-    return time.perf_counter() - begun, found.detach(), *gradients
-
-
-def extra_bytes(name: str, answer: Any) -> None:
-    """Memory of one pass in this process, put into the queue `answer`."""
-    single_rank()
-    given = inputs(MEMORY_HIDDEN_SIZE)
-    passes(HEADS[name], given[0][:8], given[1][:64], given[2][:8] % 64)  # libraries are loaded
-    before = resident_bytes()
-    kept = passes(HEADS[name], *given)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    answer.put(peak - before - sum(gradient.nbytes for gradient in kept[2:]))
-
-
-def resident_bytes() -> int:
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * resource.getpagesize()
-
-
-def memory() -> dict[str, int]:
-    """Extra bytes of each head."""
-    context, found = multiprocessing.get_context("spawn"), {}
-    for name in HEADS:
-        answer: Any = context.Queue()
-        process = context.Process(target=extra_bytes, args=(name, answer))
-        process.start()
-        found[name] = answer.get(timeout=600)
-        process.join()
-    return found
-
-
-def compare(hidden_size: int) -> dict[str, Any]:
-    """Both heads in turn, so that a change of the machine's speed meets both."""
-    given = inputs(hidden_size)
-    first = {name: passes(head, *given) for name, head in HEADS.items()}  # warm-up
-    seconds: dict[str, list[float]] = {name: [] for name in HEADS}
-    equal = True
-    for _ in range(REPETITIONS):
-        for name, head in HEADS.items():
-            took, *tensors = passes(head, *given)
-            seconds[name].append(took)
-            if name == "ours":
-                equal &= all(map(torch.equal, tensors, first[name][1:]))
-    pairs = zip(first["naive"][1:], first["ours"][1:], strict=True)
-    return {
-        **{f"{name}_s": median(taken) for name, taken in seconds.items()},
-        "ratio": median(b / a for a, b in zip(*seconds.values(), strict=True)),
-        "bitwise_equal": equal,
-        "largest_difference": max(float((a - b).norm() / a.norm()) for a, b in pairs),
+    Returns: ratios `memory`, and `time_h256` and `time_h2048` by hidden size, ours / plain.
+    """
+    results: dict[str, Any] = {}
+    ratios: dict[str, float] = {}
+    with one_rank():
+        for hidden_size in HIDDEN_SIZES:
+            found, ratio = _measure(hidden_size)
+            results |= {f"h{hidden_size}_{name}": value for name, value in found.items()}
+            ratios[f"time_h{hidden_size}"] = ratio["time"]
+            ratios["memory"] = max(ratios.get("memory", 0.0), ratio["memory"])
+    settings = {
+        "vocabulary": VOCABULARY,
+        "tokens": TOKENS,
+        "hidden_sizes": list(HIDDEN_SIZES),
+        "dtype": "float32",
+        "repetitions": REPETITIONS,
+        "threads": torch.get_num_threads(),
+        "plain": "Megatron-Core: ColumnParallelLinear, vocab_parallel_cross_entropy, one rank",
     }
+    return {"name": "loss-head", "settings": settings, "results": results, "ratios": ratios}
 
 
-def loss_head() -> dict[str, Any]:
-    """Ratios ours / naive: memory, and time at each hidden size (median of the repetitions)."""
-    extra = memory()
-    single_rank()
-    times = {f"time_h{size}": compare(size) for size in HIDDEN_SIZES}
-    return {
-        "name": "loss-head",
-        "settings": {"vocabulary": VOCABULARY, "tokens": TOKENS, "dtype": "float32", "threads": 1,
-                     "memory_hidden_size": MEMORY_HIDDEN_SIZE},
-        "results": {"extra_bytes": extra, **times},
-        "ratios": {"memory": extra["ours"] / extra["naive"],
-                   **{name: found["ratio"] for name, found in times.items()}},
-    }  # fmt: skip
+class _Heads:
+    """One set of inputs and the heads that work on it."""
+
+    def __init__(self, hidden_size: int) -> None:
+        from megatron.core.model_parallel_config import ModelParallelConfig
+        from megatron.core.tensor_parallel import ColumnParallelLinear
+
+        generator = torch.Generator().manual_seed(1)
+        config = ModelParallelConfig(use_cpu_initialization=True, perform_initialization=False)
+        self.layer: Any = ColumnParallelLinear(
+            hidden_size, VOCABULARY, config=config, init_method=torch.nn.init.normal_, bias=False
+        )
+        self.layer.weight.data.normal_(0.0, 0.02, generator=generator)
+        self.hidden = torch.randn(TOKENS, 1, hidden_size, generator=generator).requires_grad_()
+        self.labels = torch.randint(0, VOCABULARY, (TOKENS,), generator=generator)
+        self.upstream = torch.randn(TOKENS, generator=generator)
+
+    def plain(self) -> torch.Tensor:
+        from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
+
+        logits, _ = self.layer(self.hidden)
+        return -vocab_parallel_cross_entropy(logits, self.labels[:, None])[:, 0]
+
+    def ours(self) -> torch.Tensor:
+        return label_logprobs(self.hidden[:, 0], self.layer.weight, self.labels, group=None)
+
+    def entropy(self) -> torch.Tensor:
+        """Log-probs; the entropy is thrown away."""
+        weight = self.layer.weight
+        return label_logprobs_and_entropy(self.hidden[:, 0], weight, self.labels, group=None)[0]
+
+    def both_passes(self, head: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Log-probs; the gradients are new ones of `hidden` and the layer's weight."""
+        self.hidden.grad = self.layer.weight.grad = None
+        logprobs = head()
+        logprobs.backward(self.upstream)
+        return logprobs.detach()
+
+    def digest(self) -> str:
+        """Of our log-probs and gradients."""
+        parts = (self.both_passes(self.ours), self.hidden.grad, self.layer.weight.grad)
+        return hashlib.sha256(b"".join(_digest(p) for p in parts if p is not None)).hexdigest()
+
+    def peak(self, head: Callable[[], torch.Tensor]) -> int:
+        """Bytes, without those of the weight's gradient."""
+        self.hidden.grad = self.layer.weight.grad = None
+        forward = peak_bytes(head)
+        return max(forward, peak_bytes(lambda: self.both_passes(head)) - self.layer.weight.nbytes)
+
+
+def _digest(tensor: torch.Tensor) -> bytes:
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).digest()
+
+
+def _measure(hidden_size: int) -> tuple[dict[str, Any], dict[str, float]]:
+    """Results and ratios at one hidden size."""
+    heads = _Heads(hidden_size)
+    tasks = {"plain": heads.plain, "ours": heads.ours, "entropy": heads.entropy}
+    peaks = {name: heads.peak(head) for name, head in tasks.items()}
+    equal = heads.digest() == heads.digest()
+    seconds = interleaved_seconds(
+        {name: partial(heads.both_passes, head) for name, head in tasks.items()},
+        repetitions=REPETITIONS,
+    )
+    results = {f"peak_{n}_mib": peak / 2**20 for n, peak in peaks.items()}
+    results |= {f"{n}_s": times for n, times in seconds.items()}
+    results["entropy_time"] = median_ratio(seconds, "entropy", "ours")
+    results["bitwise_equal"] = equal
+    ratios = {
+        "time": median_ratio(seconds, "ours", "plain"),
+        "memory": max(peaks["ours"], peaks["entropy"]) / peaks["plain"],
+    }
+    return results, ratios

@@ -7,17 +7,17 @@ backward. The ceiling is the ratio of positions that must be computed.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 
-from megatron_sip.benchmark.single_rank import single_rank
-from megatron_sip.config import Model, Optimizer
+from megatron_sip.benchmark.measure import interleaved_seconds, one_rank
+from megatron_sip.config import Model, Optimizer, Parallel
 from megatron_sip.forward import forward_backward
 from megatron_sip.model import (
     Policy,
@@ -63,41 +63,33 @@ SETTINGS = (
 )
 
 
-def shared_prefix(settings: Sequence[Setting] = SETTINGS) -> dict[str, Any]:
-    """Ratio of seconds, padded over shared, for each setting (median of the repetitions)."""
-    platform, parallel = single_rank()
-    config = transformer_config(MODEL, parallel, platform)
-    module = build_module(config, MODEL, platform, vocab_size=VOCAB)
-    initialize_randomly(module, MODEL, seed=1)
-    policy = wrap_data_parallel(config, module, Optimizer(lr=1e-3), platform)
-    results = {s.name: compare(s, policy) for s in settings}
-    return {
-        "name": "shared-prefix",
-        "settings": {
-            "model": MODEL.model_dump(exclude={"init"}),
-            "vocabulary": VOCAB,
-            "threads": 1,
-        },
-        "results": results,
-        "ratios": {name: found["ratio"] for name, found in results.items()},
-    }
+def run(settings: Sequence[Setting] = SETTINGS) -> dict[str, Any]:
+    """Ratios padded / shared of seconds, by setting: medians of the repetitions."""
+    results: dict[str, Any] = {}
+    ratios: dict[str, float] = {}
+    with one_rank() as platform:
+        config = transformer_config(MODEL, Parallel(world_size=1), platform)
+        module = build_module(config, MODEL, platform, vocab_size=VOCAB)
+        initialize_randomly(module, MODEL, seed=1)
+        policy = wrap_data_parallel(config, module, Optimizer(lr=1e-3), platform)
+        for setting in settings:
+            found = compare(setting, policy)
+            results |= {f"{setting.name}_{key}": value for key, value in found.items()}
+            ratios[setting.name] = found["ratio"]
+    described = {"model": MODEL.model_dump(mode="json"), "vocabulary": VOCAB}
+    return {"name": "shared-prefix", "settings": described, "results": results, "ratios": ratios}
 
 
-def compare(setting: Setting, policy: Policy) -> dict[str, float]:
-    """Both layouts in turn, so that a change of the machine's speed meets both."""
+def compare(setting: Setting, policy: Policy) -> dict[str, Any]:
+    """Seconds of both layouts in turn, and how far apart their gradients are."""
     batches = {layout: rows_of(setting, layout) for layout in LAYOUTS}
-    gradients = {layout: update(batches[layout], policy)[1] for layout in LAYOUTS}  # warm-up
-    seconds: dict[str, list[float]] = {layout: [] for layout in LAYOUTS}
-    for _ in range(setting.repetitions):
-        for layout in LAYOUTS:
-            seconds[layout].append(update(batches[layout], policy)[0])
-    padded, shared = (gradients[layout] for layout in LAYOUTS)
+    tasks = {layout: partial(update, batches[layout], policy) for layout in LAYOUTS}
+    seconds = interleaved_seconds(tasks, repetitions=setting.repetitions)
+    padded, shared = (update(batches[layout], policy) for layout in LAYOUTS)
+    pairs = zip(*(seconds[layout] for layout in LAYOUTS), strict=True)
     return {
-        "padded_s": median(seconds["padded"]),
-        "shared_s": median(seconds["shared_prefix"]),
-        "ratio": median(
-            a / b for a, b in zip(seconds["padded"], seconds["shared_prefix"], strict=True)
-        ),
+        **{f"{layout}_s": taken for layout, taken in seconds.items()},
+        "ratio": median(a / b for a, b in pairs),
         "ceiling": setting.ceiling,
         "gradient_difference": ((padded - shared).norm() / padded.norm()).item(),
     }
@@ -129,13 +121,11 @@ def rows_of(setting: Setting, layout: RowLayout) -> list[TrainRows]:
     )
 
 
-def update(batches: list[TrainRows], policy: Policy) -> tuple[float, torch.Tensor]:
-    """Seconds of forward and backward, and all gradients as one vector."""
+def update(batches: list[TrainRows], policy: Policy) -> torch.Tensor:
+    """Forward and backward; all gradients as one vector."""
     policy.ddp.zero_grad_buffer()
-    begun = time.perf_counter()
     forward_backward(policy.ddp, batches, weighted_logprobs)
-    seconds = time.perf_counter() - begun
-    return seconds, torch.cat([b.grad_data.clone() for b in policy.ddp.buffers])
+    return torch.cat([b.grad_data.clone() for b in policy.ddp.buffers])
 
 
 def weighted_logprobs(

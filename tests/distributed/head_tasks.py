@@ -46,7 +46,7 @@ def labels() -> torch.Tensor:
 
 def head(ctx: Context, tied: bool, sequence_parallel: bool) -> Head:
     """What `_postprocess` makes of random hidden states, in blocks that divide nothing."""
-    loss_head.TOKEN_BLOCK, loss_head.VOCABULARY_BLOCK = 5, 48
+    loss_head.BLOCKS["cpu"] = (5, 48)
     config, module = module_with_weights(ctx, cases.tiny_model(tied=tied), seed=1)
     weight = module.embedding.word_embeddings.weight if tied else module.output_layer.weight
     hidden = torch.randn(

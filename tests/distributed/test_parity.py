@@ -69,6 +69,8 @@ def test_loss_and_every_gradient_equal_the_plain_float64_model(
     record_property("worst_gradient_error", max(worst.values()))
     assert max(worst.values()) <= TOLERANCE, sorted(worst.items(), key=lambda x: -x[1])[:5]
     assert found["metrics"]["grad_norm"] == pytest.approx(whole, rel=1e-5)
+    entropy = result_of(workers, LAYOUTS[0], name)["metrics"]["objective/entropy"]
+    assert found["metrics"]["objective/entropy"] == pytest.approx(entropy, rel=1e-5)
     for tensor, gradient in gradients.items():  # embeddings of tokens that no row holds, and so on
         assert not found["gradients"][tensor][gradient.numpy() == 0].any(), tensor
 

@@ -8,7 +8,7 @@ OBJECTIVES, PAIRS = "tests/unit/test_objectives.py", "tests/unit/test_objectives
 GRPO, ROWS = "tests/unit/test_objectives_grpo.py", "tests/unit/test_rows.py"
 BRANCHES, HEAD = "tests/unit/test_branch_attention.py", "tests/unit/test_loss_head.py"
 PARITY, STEP = "tests/distributed/test_parity.py", "tests/distributed/test_step.py"
-HEAD_RANKS = "tests/distributed/test_loss_head.py"
+HEAD_RANKS = "tests/distributed/test_loss_head_parallel.py"
 
 
 @dataclass(frozen=True)
