@@ -40,6 +40,12 @@ from megatron_sip.types import TrainRows, TrainState
 LENGTH = row_length(cases.LONGEST_PREFIX, cases.SUFFIX, 1)
 OPTIMIZER = Optimizer(lr=1e-2, clip_grad=1.0)
 IDENTITY_TOKENIZER = "tokenizer-digest"
+LIMITS = {
+    "mismatch": MismatchLimits(mean=0.5),
+    "mismatch of the 99th percentile": MismatchLimits(p99=1.0),
+    "largest mismatch": MismatchLimits(maximum=30.0),
+    "KL": MismatchLimits(kl=0.5),
+}
 Tensors = dict[str, np.ndarray]
 
 
@@ -280,12 +286,11 @@ def stopped_step(ctx: Context, harm: str) -> dict[str, Any]:
         objective = case.objective.model_copy(update={"suffix_weight": 0.0, "prefix_weight": 0.0})
         case = replace(case, objective=objective)
     learner = build_learner(ctx, case.model)
-    if harm == "mismatch":
-        learner.limits = MismatchLimits(mean=0.5)
+    learner.limits = LIMITS.get(harm, learner.limits)
     _, reference = module_with_weights(ctx, case.model, seed=2)
     batches = shared_batches(ctx, case)
     if ctx.ranks.dp_rank == ctx.ranks.dp_size - 1:
-        if harm == "mismatch":
+        if harm in LIMITS:
             batches[-1] = replace(
                 batches[-1], policy_versions=torch.zeros_like(batches[-1].policy_versions),
                 rollout_logprobs=batches[-1].rollout_logprobs - 50.0,

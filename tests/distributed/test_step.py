@@ -11,7 +11,10 @@ HARMS = {
     "inf": "are not finite",
     "nan weights": "are not finite",
     "nan gradient": "are not finite",
-    "mismatch": "max_logprob_mismatch",
+    "mismatch": "max_logprob_mismatch is 0.5",
+    "mismatch of the 99th percentile": "max_logprob_mismatch_p99 is 1",
+    "largest mismatch": "max_logprob_mismatch_max is 30",
+    "KL": "max_kl is 0.5",
     "stale reference": "not scored by the same numerics",
 }
 
