@@ -26,9 +26,22 @@ from megatron_sip.parallel import shard
 from megatron_sip.rows import make_micro_batches, row_length
 from megatron_sip.types import Candidate, CandidatePool, PoolRewards, SipSample, TrainRows
 
+
+def as_it_is(count: Any) -> Any:
+    """A count that the counter's table holds already; it would take tensors' shapes twice."""
+
+    def counted(*args: Any, **named: Any) -> int:
+        return count(*args, **named)
+
+    counted._get_raw = True  # type: ignore[attr-defined]
+    return counted
+
+
 ATTENTION = {  # the counter knows the GPU's kernels; of the CPU's the shapes are the same
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: as_it_is(sdpa_flop),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: as_it_is(
+        sdpa_backward_flop
+    ),
 }
 
 
