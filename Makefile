@@ -3,7 +3,7 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
-TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 pretrain_sip.py --config
+TORCHRUN := OMP_NUM_THREADS=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120 $(BIN)/torchrun --nproc-per-node 2 pretrain_sip.py --config
 JUDGE := data/quickstart/smollm2-135m-instruct
 
 .PHONY: help setup quickstart test test-full test-mutations test-browser lint format clean

@@ -44,8 +44,7 @@ def save(
         "optimizer": optimizer.sharded_state_dict({"model": model_state}, metadata=SHARDING),
         "scheduler": scheduler.state_dict(),
     }
-    text = json.dumps(dataclasses.asdict(state), indent=1)
-    _write(folder, sharded, identity=identity, ranks=ranks, train_state=text)
+    _write(folder, sharded, identity=identity, ranks=ranks, state=state)
     if ranks.is_main:
         atomic_write(run_dir / "checkpoints" / "latest", folder.name.encode())
     dist.barrier()
@@ -53,13 +52,23 @@ def save(
 
 
 def save_weights(
-    run_dir: Path, version: int, *, module: Any, identity: dict[str, Any], ranks: Ranks
+    run_dir: Path,
+    version: int,
+    *,
+    module: Any,
+    identity: dict[str, Any],
+    ranks: Ranks,
+    state: TrainState | None = None,
 ) -> None:
-    """Write `module`, the policy's weights of version `version`, beside the checkpoints, once."""
+    """Write `module`, the policy's weights of version `version`, beside the checkpoints, once.
+
+    Args: state: of step 0, to make it a checkpoint: the optimizer holds nothing yet.
+    """
     folder = files.weights_folder(run_dir, version)
     if broadcast_object(files.is_complete(folder)):
         return
-    _write(folder, {"model": module.sharded_state_dict()}, identity=identity, ranks=ranks)
+    sharded = {"model": module.sharded_state_dict()}
+    _write(folder, sharded, identity=identity, ranks=ranks, state=state)
     dist.barrier()
 
 
@@ -69,7 +78,7 @@ def _write(
     *,
     identity: dict[str, Any],
     ranks: Ranks,
-    train_state: str | None = None,
+    state: TrainState | None = None,
 ) -> None:
     from megatron.core import dist_checkpointing
 
@@ -82,8 +91,9 @@ def _write(
         dist_checkpointing.save(sharded, str(folder), content_metadata=SHARDING)
     dist.barrier()
     if ranks.is_main:
-        if train_state is not None:
-            atomic_write(folder / "train_state.json", train_state.encode())
+        if state is not None:
+            text = json.dumps(dataclasses.asdict(state), indent=1)
+            atomic_write(folder / "train_state.json", text.encode())
         files.write_manifest(folder, identity)
 
 
@@ -96,9 +106,12 @@ def load_weights(
             key: of the recipe that names the path, for messages.
     Raises: ValueError if there is no checkpoint, or it is damaged or of another model.
     """
+    _load_model(find_verified(path, identity=identity, ranks=ranks, key=key), module)
+
+
+def _load_model(folder: Path, module: Any) -> None:
     from megatron.core import dist_checkpointing
 
-    folder = find_verified(path, identity=identity, ranks=ranks, key=key)
     state: Any = dist_checkpointing.load(
         {"model": module.sharded_state_dict()}, str(folder), strict="raise_unexpected"
     )
@@ -111,9 +124,16 @@ def read_state(folder: Path) -> TrainState:
 
 
 def load(folder: Path, *, policy: Policy, optimizer: Any, scheduler: Any) -> None:
-    """Load a verified checkpoint: weights, optimizer, schedule; resharded to this layout."""
+    """Load a verified checkpoint: weights, optimizer, schedule; resharded to this layout.
+
+    That of step 0 is weights alone; optimizer and schedule must be new ones then.
+    """
     from megatron.core import dist_checkpointing
 
+    if read_state(folder).step == 0:
+        _load_model(folder, policy.module)
+        optimizer.reload_model_params()
+        return
     for part in optimizer.chained_optimizers:
         part._init_optimizer_states_with_dummy_values()  # Torch's Adam has none before a step
     model_state = policy.module.sharded_state_dict()

@@ -3,7 +3,8 @@
     checkpoints/step_00000100/            one distributed checkpoint
         manifest.json                     digest of every other file, model, tokenizer; written last
         train_state.json
-    checkpoints/weights_00000000/         weights alone, of one policy version: start, reference
+    checkpoints/weights_00000000/         weights alone, of one policy version: reference, and the
+                                          start, which train_state.json makes a checkpoint of step 0
     checkpoints/latest                    name of the newest complete one, replaced atomically
 
 Megatron-Core unpickles metadata while loading, so nothing is loaded before its files match a
@@ -77,6 +78,21 @@ def find(path: Path, *, key: str = "checkpoint") -> Path:
     raise ValueError(
         f"{key} {path}: neither a checkpoint of ours (manifest.json) nor a run directory with "
         "checkpoints/latest; run the recipe that makes it first"
+    )
+
+
+def find_last(run_dir: Path) -> Path:
+    """Where `--resume` goes on: the latest checkpoint, or the start before there is any.
+
+    Raises: ValueError if the run did not come as far as its first step.
+    """
+    if (run_dir / "checkpoints" / "latest").is_file():
+        return find(run_dir)
+    start = weights_folder(run_dir, 0)
+    if is_complete(start) and (start / "train_state.json").is_file():
+        return start
+    raise ValueError(
+        f"--resume: {run_dir} has no checkpoint yet; remove the folder and start without --resume"
     )
 
 

@@ -15,7 +15,8 @@ from typing import Any
 from megatron_sip.errors import RunFailed
 
 PR_SET_PDEATHSIG = 1
-PATIENCE_S = 15.0  # for the step under way; torchrun itself kills 30 s after SIGTERM
+SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun's own
+SHUTDOWN_DEFAULT_S = 30  # torchrun's, too
 
 
 def die_with_parent() -> bool:
@@ -67,11 +68,19 @@ class Stopped(RunFailed):
         )
 
 
+def patience_s() -> float:
+    """Seconds that a step under way may take after a signal: half of what torchrun gives its ranks
+    before it kills them; the other half is for the checkpoint."""
+    return float(os.environ.get(SHUTDOWN_VARIABLE, SHUTDOWN_DEFAULT_S)) / 2
+
+
 def _leave(signum: int) -> None:
     print(
         f"error: {signal.Signals(signum).name} came, and the step did not end within "
-        f"{PATIENCE_S:.0f} s (torchrun sends SIGTERM also when another rank or a server died); "
-        "ended without saving, the last checkpoint stands",
+        f"{patience_s():.0f} s (torchrun sends SIGTERM also when another rank or a server died); "
+        "ended without saving: --resume goes on from the last checkpoint and the pools recorded "
+        f"since. For longer steps start torchrun with {SHUTDOWN_VARIABLE} set to more than twice "
+        "the seconds of a step",
         file=sys.stderr, flush=True,
     )  # fmt: skip
     os._exit(128 + signum)
@@ -108,7 +117,7 @@ class StopRequest:
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         self.signum = signum
         self._restore()
-        self._patience = threading.Timer(PATIENCE_S, _leave, [signum])
+        self._patience = threading.Timer(patience_s(), _leave, [signum])
         self._patience.daemon = True
         self._patience.start()
 

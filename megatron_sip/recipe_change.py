@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from megatron_sip.checkpoint_files import find_last
 from megatron_sip.config import Config
 from megatron_sip.recipe import flatten, load_config
 
@@ -30,11 +31,7 @@ def check_recipe(config: Config) -> None:
         raise ValueError(
             f"--resume: run.dir {folder} holds no run (config.toml); start it without --resume"
         )
-    if not (folder / "checkpoints" / "latest").is_file():
-        raise ValueError(
-            f"--resume: {folder} has no checkpoint yet; remove the folder and start without "
-            "--resume"
-        )
+    find_last(folder)
     if (folder / "summary.json").is_file():
         raise ValueError(
             f"--resume: {folder} is finished (summary.json); to go further start a new run from "

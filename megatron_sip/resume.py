@@ -1,7 +1,8 @@
 """Going on with a run that was stopped or killed: what is put back.
 
-The steps after the checkpoint whose pools are committed are learned again from those pools, so
-that nothing is asked or paid for twice; from there the run is live.
+The steps after the checkpoint (before the first one: after the start) whose pools are committed are
+learned again from those pools, so that nothing is asked or paid for twice; from there the run is
+live.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ def restore(run: Run) -> None:
     run_dir, learner, ranks = Path(run.config.run.dir), run.learner, run.ranks
     if ranks.is_main:
         checkpoint_files.remove_incomplete(run_dir)
-    folder = checkpoint.find_verified(run_dir, identity=run.identity, ranks=ranks)
+    last = checkpoint_files.find_last(run_dir)
+    folder = checkpoint.find_verified(last, identity=run.identity, ranks=ranks)
     state = checkpoint.read_state(folder)
     for name, digest in run.state.digests.items():
         if state.digests.get(name) != digest:

@@ -111,16 +111,21 @@ def begin(run: Run, evaluators: dict[str, Evaluator], resume: bool) -> dict[str,
         run.start_policy = frozen_copy(
             run.learner.policy, config, run.platform, vocab_size=run.vocab_size
         )
-    if config.run.task == "sip":  # a resumed run reads them back
-        checkpoint.save_weights(
-            run_dir, 0, module=run.learner.policy.module, identity=run.identity, ranks=run.ranks
-        )
     starts = {}
     for split, evaluator in evaluators.items():
         output = measure(run, evaluator, f"evaluating the start policy on {split}")
         if output is not None:
             save_output(files[split], output)
             starts[split] = output
+    if config.run.task == "sip":  # last: from here on there is something to go on from
+        checkpoint.save_weights(
+            run_dir,
+            0,
+            module=run.learner.policy.module,
+            identity=run.identity,
+            ranks=run.ranks,
+            state=run.state,
+        )
     return starts
 
 

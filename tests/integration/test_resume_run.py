@@ -77,10 +77,10 @@ def test_a_run_that_was_ended_and_resumed_equals_one_in_one_go(signum, workplace
 
 @pytest.fixture(scope="module")
 def killed(workplace, launch, pretrained):
-    """A SIP run that was killed with committed pools beyond its checkpoint, and resumed."""
+    """A SIP run that was killed with committed pools before its first checkpoint, and resumed."""
     init = {"kind": "megatron", "path": str(pretrained.run_dir)}
     recipe = workplace.recipe(
-        SIP, "killed", model__init=init, run__steps=5, checkpoint__interval=2,
+        SIP, "killed", model__init=init, run__steps=5, checkpoint__interval=4,
         checkpoint__keep_last=1, evaluation__interval=2, evaluation__interval_prefixes=4,
         data__validation=workplace.data()["train"],  # the tiny validation split is one document
     )  # fmt: skip
@@ -90,6 +90,7 @@ def killed(workplace, launch, pretrained):
     run.process.kill()
     run.process.wait(30)
     run.assert_nothing_left(within_s=15)
+    assert not (run.run_dir / "checkpoints" / "latest").exists()
     asked = sorted(p.name for p in pools.glob("*.done"))
     before = {p.name: p.read_bytes() for p in pools.glob("step_0000000[012].*")}
     resumed = launch(recipe, "--resume").wait()

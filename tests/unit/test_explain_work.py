@@ -99,8 +99,8 @@ def test_stages_of_a_curriculum_differ() -> None:
         (['objective={ name = "dpo_rewrite" }'], 2, True, 0),
         (['objective={ name = "sft_rewrite" }'], 1, False, 0),
         (['objective={ name = "simpo" }'], 2, False, 80),
-        (['reference={ kind = "rollout" }'], 7, False, 80),
-        (['reference={ kind = "snapshot", interval = 5 }'], 7, True, 80),
+        (['reference={ kind = "rollout" }'], 1, False, 80),  # the quickstart's own rows: shared
+        (['reference={ kind = "snapshot", interval = 5 }'], 1, True, 80),
     ],
 )
 def test_rows_reference_pass_and_verdicts_follow_the_objective(

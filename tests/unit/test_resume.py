@@ -76,6 +76,16 @@ def test_a_run_without_checkpoint_or_with_an_end_is_refused(stopped: Path) -> No
     (stopped / "checkpoints" / "latest").unlink()
     with pytest.raises(ValueError, match="has no checkpoint yet"):
         check_recipe(config)
+    start = checkpoint_files.weights_folder(stopped, 0)
+    start.mkdir()
+    checkpoint_files.write_manifest(start, {})
+    with pytest.raises(ValueError, match="has no checkpoint yet"):
+        check_recipe(config)  # of an older run: weights without a state
+    (start / "train_state.json").write_text("{}")
+    check_recipe(config)
+    (start / "manifest.json").unlink()  # half written
+    with pytest.raises(ValueError, match="has no checkpoint yet"):
+        check_recipe(config)
     (stopped / "config.toml").unlink()
     with pytest.raises(ValueError, match="holds no run"):
         check_recipe(config)
