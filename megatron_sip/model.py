@@ -171,11 +171,14 @@ def wrap_data_parallel(
 
 
 def frozen_copy(policy: Policy, config: Config, platform: Platform, *, vocab_size: int) -> Any:
-    """A second module with the policy's present weights, without gradients (the reference)."""
+    """A second module with the policy's present weights (the reference), for use under no_grad.
+
+    Its parameters go on requiring gradients: `torch.matmul` picks its kernel by that, and the two
+    must be scored by the same ones.
+    """
     reference_config = copy.copy(policy.config)
     reference = build_module(reference_config, config.model, platform, vocab_size=vocab_size)
     if platform.params_dtype != torch.float32:
         reference = reference.to(platform.params_dtype)
     reference.load_state_dict(policy.module.state_dict())
-    reference.requires_grad_(False)
     return reference.eval()

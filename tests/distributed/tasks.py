@@ -324,10 +324,33 @@ def stopped_step(ctx: Context, harm: str) -> dict[str, Any]:
     }
 
 
-def fresh_reference_step(ctx: Context) -> dict[str, float]:
+class NoOptimizer:
+    """In place of Megatron-Core's, which keeps fp32 copies of bf16 weights on CUDA only."""
+
+    param_groups = ({"lr": 0.0},)
+
+    def zero_grad(self) -> None: ...
+
+    def step(self) -> tuple[bool, float, None]:
+        return True, 1.0, None
+
+
+def build_half_learner(ctx: Context, model: Model) -> Learner:
+    """A learner in bf16 as on CUDA: Megatron-Core's Float16Module, gradients in fp32."""
+    config, module = module_with_weights(ctx, model, seed=1)
+    config.bf16 = True
+    policy = wrap_data_parallel(config, module, OPTIMIZER, ctx.platform)
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    scheduler = SimpleNamespace(optimizer=NoOptimizer(), step=lambda increment: None)
+    return Learner(policy, NoOptimizer(), scheduler, ctx.ranks, ctx.platform)
+
+
+def fresh_reference_step(ctx: Context, case_name: str, dtype: torch.dtype) -> dict[str, float]:
     """Metrics of a step whose reference is a copy of the policy of that moment."""
-    case = cases.CASES["dpo"]
-    learner = build_learner(ctx, case.model)
+    case = cases.CASES[case_name]
+    ctx = replace(ctx, platform=replace(ctx.platform, params_dtype=dtype))
+    build = build_learner if dtype == torch.float32 else build_half_learner
+    learner = build(ctx, case.model)
     reference = frozen_copy(
         learner.policy, SimpleNamespace(model=case.model), ctx.platform, vocab_size=cases.VOCAB
     )

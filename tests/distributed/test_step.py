@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import tasks
+import torch
 from workers import Layout, Workers
 
 HARMS = {
@@ -49,11 +50,13 @@ def test_step_without_a_live_pair_moves_no_weight_but_the_schedule(
         assert answer == answer | {"stopped": None, "unchanged": True, "schedule": 1}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", ["dpo", "dpo_shared", "dpo_recompute"])
 @pytest.mark.parametrize("layout", [Layout(), Layout(tp=2), Layout(tp=2, pp=2)], ids=str)
 def test_margin_is_exactly_zero_against_a_copy_of_the_policy(
-    workers: Workers, layout: Layout
+    workers: Workers, layout: Layout, case: str, dtype: torch.dtype
 ) -> None:
-    metrics = workers.run(layout, tasks.fresh_reference_step)[0]
+    metrics = workers.run(layout, tasks.fresh_reference_step, case, dtype)[0]
     assert metrics["objective/margin"] == 0.0
     assert metrics["objective/dpo"] == pytest.approx(0.6931471805599453, abs=1e-7)
     assert metrics["objective/chosen_logratio"] == 0.0
