@@ -88,10 +88,14 @@ def charts(runs: Sequence[RunData]) -> Iterator[Chart]:
         "ln 2 = 0.693 where the policy equals its reference.",
         guides=lambda run: {"ln 2": math.log(2)} if "objective/dpo" in run.metrics else {},
     )  # fmt: skip
+    yield Chart("SimPO loss", "nats/pair", {"SimPO loss": logged("objective/simpo")},
+                "Of mean log-probs, without a reference.")  # fmt: skip
+    yield Chart("GRPO loss", "advantage", {"GRPO loss": logged("objective/grpo")},
+                "Minus the clipped, ratio-weighted advantage of a live rollout.")  # fmt: skip
     yield Chart(
         "Next-token loss while training", "nats/token",
         {"targets": logged("objective/nll"), "suffix": logged("objective/suffix_nll"),
-         "prefix": logged("objective/prefix_nll")},
+         "prefix": logged("objective/prefix_nll"), "chosen": logged("objective/chosen_nll")},
         "Negative log-likelihood of the training text itself.",
     )  # fmt: skip
     yield Chart(
@@ -122,6 +126,26 @@ def charts(runs: Sequence[RunData]) -> Iterator[Chart]:
          "rejected": logged("objective/rejected_logratio")},
         "Log-ratio of policy to reference, summed over a candidate.",
     )  # fmt: skip
+    yield Chart(
+        "Log-probs of pairs", "nats/token",
+        {"chosen": logged("objective/chosen_logprob"),
+         "rejected": logged("objective/rejected_logprob")},
+        "What SimPO compares: the mean log-prob of a candidate's token.",
+    )  # fmt: skip
+    yield Chart("Pairs in the right order", "fraction of live pairs",
+                {"margin above 0": logged("objective/margin_accuracy")},
+                "Pairs whose chosen gained on its rejected.", fixed=(-0.04, 1.04))  # fmt: skip
+    yield Chart("Ratio to the rollout engine", "mean of tokens",
+                {"ratio": logged("objective/ratio")},
+                "Policy over engine probability; 1 where both are the same.")  # fmt: skip
+    yield Chart("Clipped tokens", "fraction", {"clipped": logged("objective/clip_fraction")},
+                "Tokens whose ratio to the rollout's policy is clipped: no gradient.",
+                fixed=(-0.04, 1.04))  # fmt: skip
+    yield Chart("KL to the reference", "nats/token",
+                {"KL": logged("objective/kl_reference")},
+                "Estimated on the rollouts' own tokens.")  # fmt: skip
+    yield Chart("Entropy of the policy", "nats/token", {"entropy": logged("objective/entropy")},
+                "Where live tokens are scored; a fall to 0 is collapse.")  # fmt: skip
     yield Chart(
         "Trainer against rollout engine", "nats, log scale",
         {"mean": logged("rollout/logprob_mismatch"), "p99": logged("rollout/logprob_mismatch_p99"),

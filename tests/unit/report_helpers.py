@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -60,9 +61,9 @@ def metrics_of(step: int) -> dict[str, float]:
 
 def write_run(
     folder: Path, *, steps: int = 4, pools: int = 2, text: str = "", finished: bool = True,
-    overrides: tuple[str, ...] = (),
+    overrides: tuple[str, ...] = (), more: Mapping[str, float] | None = None,
 ) -> Path:  # fmt: skip
-    """A SIP run; returns its folder."""
+    """A SIP run, `more` metrics logged in each step; returns its folder."""
     short = (f"run.steps={steps}", "optimizer.warmup_steps=0")
     config = load_config(ROOT / "configs" / "quickstart.toml", (*short, *overrides))
     create_run_dir(folder, config)
@@ -71,7 +72,7 @@ def write_run(
         records = [make_record(step, i, text=text) for i in range(pools)]
         write_pools(folder, step, dp_rank=0, records=records)
         commit_step(folder, step, num_shards=1)
-        logger.log(step + 1, metrics_of(step + 1))
+        logger.log(step + 1, metrics_of(step + 1) | dict(more or {}))
     logger.close()
     if finished:
         summary = {"task": "sip", "steps": steps, "seconds": 321.7, "consumed_samples": 8 * steps}

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from report_helpers import EVALUATION, HOSTILE, ROOT, reward_of, write_ntp_run, write_run
 
+from megatron_sip.metrics import METRICS
 from megatron_sip.report import curves, ledger, page, times, write_report
 from megatron_sip.report.ledger import MAX_PREFIX, evenly
 from megatron_sip.report.read_run import read_run
@@ -92,6 +93,13 @@ def test_curves_hold_the_logged_values(tmp_path: Path) -> None:
     assert report.readout("rollout is best")["y"] == [0.25] * 3
     assert report.readout("chosen minus rejected")["y"] == [1.5] * 3
     assert "loss 3.625" in report.text  # the legend's last value
+
+
+def test_every_metric_of_an_objective_has_a_curve(tmp_path: Path) -> None:
+    values = {m: 0.01 * i for i, m in enumerate(METRICS, 1) if m.startswith("objective/")}
+    report = seen(tmp_path, write_run(tmp_path / "run", steps=2, more=values))
+    drawn = [line["y"] for chart in report.json("chart-data") for line in chart["lines"]]
+    assert [name for name, value in values.items() if [value] * 2 not in drawn] == []
 
 
 def test_rewards_by_source_are_means_over_the_pools(tmp_path: Path) -> None:
