@@ -8,6 +8,7 @@ OBJECTIVES, PAIRS = "tests/unit/test_objectives.py", "tests/unit/test_objectives
 GRPO, ROWS = "tests/unit/test_objectives_grpo.py", "tests/unit/test_rows.py"
 BRANCHES, HEAD = "tests/unit/test_branch_attention.py", "tests/unit/test_loss_head.py"
 PARITY, STEP = "tests/distributed/test_parity.py", "tests/distributed/test_step.py"
+REFERENCE = "tests/distributed/test_reference.py"
 HEAD_RANKS = "tests/distributed/test_loss_head_parallel.py"
 
 
@@ -93,6 +94,22 @@ MUTATIONS = (
     Mutation("NaN reaches the optimizer", "learner.py",
              "if math.isinf(maximum(abs(loss) + norm, self.platform)):", "if False:",
              STEP, "harm and nan and DP2"),
+    Mutation("reference of other kernels than the policy", "model.py",
+             "    return reference.eval()", "    return reference.requires_grad_(False).eval()",
+             STEP, "exactly_zero and TP2PP1DP1 and dpo_shared"),
+    Mutation("engine's log-probs not taken as reference", "learner.py",
+             "replace(b, reference_logprobs=b.rollout_logprobs)",
+             "replace(b, reference_logprobs=0 * b.rollout_logprobs)",
+             PARITY, at("TP1PP1DP1", "dpo_engine")),
+    Mutation("snapshot taken a step late", "reference.py",
+             "run.state.step % settings.interval == 0", "run.state.step % settings.interval == 1",
+             REFERENCE, "snapshots and TP2PP2DP1"),
+    Mutation("version moves on with a skipped step", "step.py",
+             "policy_version=state.policy_version + (not skipped)",
+             "policy_version=state.policy_version + 1", REFERENCE, "skipped_on and TP1PP1DP2"),
+    Mutation("skipped steps counted over good ones", "step.py",
+             "state.skipped_in_a_row + 1 if skipped else 0", "state.skipped_in_a_row + skipped",
+             REFERENCE, "skipped_on and TP1PP1DP2"),
 )  # fmt: skip
 
 
