@@ -81,28 +81,28 @@ class _LabelLogprobs(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor, _: torch.Tensor) -> tuple[Any, ...]:
         hidden, weight, rows, top, total = ctx.saved_tensors
         block = _Block(hidden, weight)
+        log_sum = (top + total.log())[:, None]
+        pulled = hidden * -grad[:, None].to(hidden.dtype)
         grad_hidden = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_hidden = torch.zeros_like(hidden, dtype=total.dtype)
         if ctx.needs_input_grad[1]:
             grad_weight = torch.empty_like(weight)
         spare = torch.empty_like(weight[: block.size[1]], dtype=total.dtype)
-        minus_share = -grad / total
         for v in block.vocabulary():
             grad_slice = spare[: v.stop - v.start].zero_()
-            for t in block.tokens():
-                z = block.logits(t, v)
+            for t in block.tokens():  # p becomes p - [v = y], minus the gradient to the logits
+                p = block.logits(t, v, less=log_sum[t]).exp_()
                 column, inside = _columns(rows[t], v)
-                z.sub_(top[t, None]).exp_().mul_(minus_share[t, None])  # -grad p
-                z.scatter_(1, column, z.gather(1, column) + (grad[t] * inside)[:, None])
+                p.scatter_(1, column, p.gather(1, column) - inside[:, None].to(p.dtype))
                 if grad_hidden is not None:
-                    _add_product(grad_hidden[t], z, weight[v])
+                    _add_product(grad_hidden[t], p, weight[v])
                 if grad_weight is not None:
-                    _add_product(grad_slice, z.t(), hidden[t])
+                    _add_product(grad_slice, p.t(), pulled[t])
             if grad_weight is not None:
                 grad_weight[v] = grad_slice
         if grad_hidden is not None:
-            grad_hidden = grad_hidden.to(hidden.dtype)
+            grad_hidden = grad_hidden.mul_(-grad[:, None]).to(hidden.dtype)
         return grad_hidden, grad_weight, None, None, None
 
 
@@ -122,13 +122,16 @@ class _Block:
     def vocabulary(self) -> Iterator[slice]:
         return _pieces(len(self.weight), self.size[1])
 
-    def logits(self, t: slice, v: slice) -> torch.Tensor:
-        """[t, v], float32 or float64; overwrites the block before."""
+    def logits(self, t: slice, v: slice, less: torch.Tensor | None = None) -> torch.Tensor:
+        """[t, v], float32 or float64, less [t, 1] if given; overwrites the block before."""
         tokens, slice_t = self.hidden[t], self.weight[v].t()
         out = self.memory[: len(tokens) * slice_t.shape[1]].view(len(tokens), -1)
-        if tokens.dtype == out.dtype:
+        if tokens.dtype != out.dtype:
+            out.copy_(torch.mm(tokens, slice_t))
+            return out if less is None else out.sub_(less)
+        if less is None:
             return torch.mm(tokens, slice_t, out=out)
-        return out.copy_(torch.mm(tokens, slice_t))
+        return torch.addmm(less, tokens, slice_t, beta=-1, out=out)  # one pass less over the block
 
 
 def _pieces(count: int, size: int) -> Iterator[slice]:

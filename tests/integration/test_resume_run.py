@@ -51,7 +51,9 @@ def straight(workplace, launch):
     return run
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGTERM, pytest.param(signal.SIGKILL, marks=pytest.mark.full)]
+)
 def test_a_run_that_was_ended_and_resumed_equals_one_in_one_go(signum, workplace, launch, straight):
     name = f"ended-{signum.name}"
     recipe = workplace.recipe(NTP, name, run__steps=STEPS, checkpoint__interval=INTERVAL)
@@ -167,7 +169,14 @@ def in_layout(workplace, name, layout, **changes):
     return workplace.recipe(NTP, name, **changes), ranks
 
 
-@pytest.mark.parametrize(("first", "second"), [("dp2", "dp1"), ("tp2", "pp2"), ("pp2", "tp2")])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("tp2", "pp2"),
+        pytest.param("dp2", "dp1", marks=pytest.mark.full),
+        pytest.param("pp2", "tp2", marks=pytest.mark.full),
+    ],
+)
 def test_a_run_goes_on_at_another_layout_with_the_same_losses(first, second, workplace, launch):
     changes = {"run__steps": 8, "checkpoint__interval": 4}
     recipe, ranks = in_layout(workplace, f"was-{first}", first, **changes)
