@@ -2,8 +2,8 @@
 
 A change that should not alter computation leaves them as they are; one that should ships new files
 (`MEGATRON_SIP_WRITE_GOLDEN=1 python -m pytest tests/distributed/test_golden.py`) and says so in the
-changelog. On the machine that a file names they are equal to the last bit, elsewhere to 1e-4: Adam's
-first steps are as large for a gradient that is all rounding as for any other.
+changelog. On the machine that a file names they are equal to the last bit, elsewhere to 1e-4:
+Adam's first steps are as large for a gradient that is all rounding as for any other.
 """
 
 from __future__ import annotations
