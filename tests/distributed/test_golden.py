@@ -2,7 +2,7 @@
 
 A change that should not alter computation leaves them as they are; one that should ships new files
 (`MEGATRON_SIP_WRITE_GOLDEN=1 python -m pytest tests/distributed/test_golden.py`) and says so in the
-changelog. On the machine that a file names they are equal to the last bit, elsewhere to 1e-4:
+changelog. On the machine that a file names they are equal to the last bit, elsewhere to 3e-5:
 Adam's first steps are as large for a gradient that is all rounding as for any other.
 """
 
@@ -46,4 +46,4 @@ def test_losses_are_those_on_file(workers: Workers, name: str) -> None:
     expected = [float(row.split()[1]) for row in rows]
     if header == f"# {machine()}":
         assert losses == expected
-    assert losses == pytest.approx(expected, rel=1e-4)
+    assert losses == pytest.approx(expected, rel=3e-5)
