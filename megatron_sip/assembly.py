@@ -10,8 +10,9 @@ from typing import Any
 
 from megatron_sip import checkpoint, checkpoint_files, curriculum, parallel, services
 from megatron_sip.config import Config
-from megatron_sip.data.indexed_dataset import IndexedDataset
-from megatron_sip.data.sampler import PrefixSuffixSampler
+from megatron_sip.data.blended_corpus import BlendedCorpus, open_corpus
+from megatron_sip.data.sample_reader import SampleReader
+from megatron_sip.data.sampler import CUT, PrefixSuffixSampler
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.evaluation.evaluate import Evaluator
 from megatron_sip.exchange import WeightExchange
@@ -47,23 +48,27 @@ log = logging.getLogger(__name__)
 CONTROL_TIMEOUT_S = 300.0
 
 
-def open_data(config: Config) -> tuple[Tokenizer, dict[str, IndexedDataset]]:
-    """Tokenizer and datasets, checked against each other.
+def open_data(config: Config) -> tuple[Tokenizer, dict[str, BlendedCorpus]]:
+    """Tokenizer and data, checked against each other.
 
     Raises: ValueError if one is missing or damaged, or was made with another tokenizer.
     """
     tokenizer = Tokenizer.load(config.data.tokenizer)
     datasets = {}
     for split in ("train", "validation", "test"):
-        datasets[split] = IndexedDataset(getattr(config.data, split))
+        datasets[split] = open_corpus(
+            getattr(config.data, split),
+            min_tokens=config.data.min_prefix_tokens + config.data.suffix_tokens,
+            cache_dir=config.data.cache_dir,
+        )
         datasets[split].check_tokenizer(tokenizer.digest, path=config.data.tokenizer)
     return tokenizer, datasets
 
 
-def sampler_of(config: Config, dataset: Any, tokenizer: Tokenizer, seed: int) -> Any:
-    """Samples of one dataset as the recipe cuts them."""
+def sampler_of(config: Config, corpus: BlendedCorpus, tokenizer: Tokenizer, seed: int) -> Any:
+    """Samples of one split as the recipe cuts them."""
     return PrefixSuffixSampler(
-        dataset,
+        corpus,
         prefix_tokens=config.data.prefix_tokens,
         min_prefix_tokens=config.data.min_prefix_tokens,
         suffix_tokens=config.data.suffix_tokens,
@@ -100,7 +105,7 @@ def build_run(
     platform: Platform,
     ranks: Ranks,
     tokenizer: Tokenizer,
-    datasets: dict[str, IndexedDataset],
+    datasets: dict[str, BlendedCorpus],
     console: Any,
     *,
     resume: bool,
@@ -116,16 +121,22 @@ def build_run(
         tensor_parallel=config.parallel.tensor_model_parallel_size,
         sequence_parallel=config.parallel.sequence_parallel,
     )
-    digests = {name: dataset.data_digest for name, dataset in datasets.items()}
+    digests = {"tokenizer": tokenizer.digest, "cut of documents": CUT}
+    for split, corpus in datasets.items():
+        digests |= corpus.identity(split)
     stats = curriculum.initial_stats(config.curriculum) if config.curriculum else {}
     timer = PhaseTimer(on_phase=console.phase)
-    sampler = sampler_of(config, datasets["train"], tokenizer, config.run.seed)
+    reader = SampleReader(
+        sampler_of(config, datasets["train"], tokenizer, config.run.seed),
+        batch=config.data.global_batch_size,
+        steps=config.data.prefetch_steps,
+    )
     return Run(
         config=config,
         platform=platform,
         ranks=ranks,
         learner=Learner(policy, optimizer, scheduler, ranks, platform, limits_of(config.rollout)),
-        experience=PlainExperience(sampler, timer) if ranks.is_io else None,
+        experience=PlainExperience(reader, timer) if ranks.is_io else None,
         exchange=None,
         timer=timer,
         console=console,
@@ -133,7 +144,7 @@ def build_run(
         row_multiple=multiple,
         pad=tokenizer.eod,
         vocab_size=tokenizer.vocab_size,
-        state=TrainState(0, 0, 0, stats, digests | {"tokenizer": tokenizer.digest}),
+        state=TrainState(0, 0, 0, stats, digests),
         identity=identity,
         record_pools=config.run.task == "sip",
     )
@@ -142,7 +153,7 @@ def build_run(
 def connect_servers(
     run: Run,
     tokenizer: Tokenizer,
-    datasets: dict[str, IndexedDataset],
+    datasets: dict[str, BlendedCorpus],
     pools_dir: Path | None,
     stack: ExitStack,
 ) -> dict[str, Evaluator]:
@@ -169,7 +180,7 @@ def connect_servers(
             evaluator.engine, evaluator.judge = found.engine, found.evaluation_judge
         assert isinstance(run.experience, PlainExperience)
         run.experience = LiveExperience(
-            sampler=run.experience.sampler,
+            reader=run.experience.reader,
             tokenizer=tokenizer,
             engine=found.engine,
             judge=found.judge,
@@ -190,7 +201,7 @@ def connect_servers(
 
 
 def build_evaluators(
-    run: Run, tokenizer: Tokenizer, datasets: dict[str, IndexedDataset]
+    run: Run, tokenizer: Tokenizer, datasets: dict[str, BlendedCorpus]
 ) -> dict[str, Evaluator]:
     """One for each split that is evaluated, without servers yet."""
     settings = run.config.evaluation

@@ -126,15 +126,35 @@ class Optimizer(Section):
     """Steps in a row that may be skipped; one more stops the run."""
 
 
+class BlendPart(Section):
+    """One part of a blend; all parts of it give the same one of weight, epochs and tokens."""
+
+    prefix: str
+    """Prefix, pattern of prefixes (data/shards/*) or fsspec URL of indexed datasets."""
+    mask: str = ""
+    """Take only documents of the mask PREFIX.NAME of each dataset; empty: all long enough ones."""
+    weight: Positive | None = None
+    """Share of the samples, relative to the other parts' weights."""
+    epochs: Positive | None = None
+    """Passes over the part's eligible documents."""
+    tokens: Positive | None = None
+    """Passes such that so many tokens of documents are passed."""
+
+
 class Data(Section):
     tokenizer: Path
-    """sentencepiece .model; its digest must equal the one in the data's manifest."""
-    train: Path
-    """Prefix of .bin/.idx/.manifest.json that samples are drawn from."""
-    validation: Path
-    """Prefix of the validation set."""
-    test: Path
-    """Prefix of the test set; read by the final evaluation only."""
+    """sentencepiece .model or tokenizer.json; its digest must equal that in the data's manifest."""
+    train: Path | tuple[BlendPart, ...]
+    """What samples are drawn from: prefix of .bin/.idx/.manifest.json, a pattern of prefixes, or
+    the parts of a blend ([[data.train]])."""
+    validation: Path | tuple[BlendPart, ...]
+    """The validation set, in the same ways."""
+    test: Path | tuple[BlendPart, ...]
+    """The test set; read by the final evaluation only."""
+    cache_dir: Path | None = None
+    """Folder on a local disk for the index files of datasets in object stores (s3://, gs://)."""
+    prefetch_steps: NonNegativeInt = 1
+    """Steps whose samples are read ahead of their turn."""
     prefix_tokens: PositiveInt
     """P, the longest prefix."""
     min_prefix_tokens: PositiveInt

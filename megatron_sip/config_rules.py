@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -52,6 +54,7 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
         (d.prefix_tokens + d.suffix_tokens <= m.max_sequence_length,
          f"data.prefix_tokens + data.suffix_tokens = {d.prefix_tokens + d.suffix_tokens} must "
          f"not exceed model.max_sequence_length {m.max_sequence_length}"),
+        *_blends(c),
         (c.optimizer.warmup_steps < c.run.steps,
          f"optimizer.warmup_steps {c.optimizer.warmup_steps} must be below run.steps "
          f"{c.run.steps}"),
@@ -70,6 +73,26 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
     rules += [(bool(v), f'run.task = "sip" needs a [{k}] section') for k, v in sections.items()]
     rules.append((c.curriculum is not None, 'run.task = "sip" needs a [curriculum] section'))
     return rules + _sip_rules(c) if all(holds for holds, _ in rules) else rules
+
+
+def _blends(c: Config) -> Iterator[tuple[bool, str]]:
+    """(rule holds, message) for the parts of each blend."""
+    for split in ("train", "validation", "test"):
+        parts = getattr(c.data, split)
+        if isinstance(parts, Path):
+            continue
+        measures = [
+            tuple(
+                name for name in ("weight", "epochs", "tokens") if getattr(part, name) is not None
+            )
+            for part in parts
+        ]
+        yield bool(parts), f"data.{split} has no part; give one at least"
+        yield (
+            len(set(measures)) <= 1 and all(len(measure) == 1 for measure in measures),
+            f"data.{split}: each part must give one of weight, epochs and tokens, and all the same "
+            f"one; found {', '.join('+'.join(m) or 'none' for m in measures)}",
+        )
 
 
 def _sip_rules(c: Config) -> list[tuple[bool, str]]:

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from megatron_sip.config_objective import Objective, needs_rewards
-from megatron_sip.data.sampler import PrefixSuffixSampler
+from megatron_sip.data.sample_reader import SampleReader
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.judge.judge import Judge
 from megatron_sip.learner import Means
@@ -58,12 +58,12 @@ def no_rewards(num_candidates: int) -> PoolRewards:
 class PlainExperience:
     """Samples alone: next-token prediction."""
 
-    sampler: PrefixSuffixSampler
+    reader: SampleReader
     timer: PhaseTimer
 
     def make(self, plan, settings, *, step, first_sample, positions):
         with self.timer("sample"):
-            samples = [self.sampler[first_sample + int(p)] for p in positions]
+            samples = self.reader.read(first_sample, positions)
         pools = [CandidatePool(sample, "", (), 0.0) for sample in samples]
         rewards = [no_rewards(0) for _ in pools]
         picks = picks_of(pools, rewards, settings, seed=0)  # without candidates there is no chance
@@ -78,7 +78,7 @@ class PlainExperience:
 class LiveExperience:
     """Asks the rollout, rewriter and judge servers."""
 
-    sampler: PrefixSuffixSampler
+    reader: SampleReader
     tokenizer: Tokenizer
     engine: VllmEngine
     judge: Judge
@@ -90,7 +90,7 @@ class LiveExperience:
 
     def make(self, plan, settings, *, step, first_sample, positions):
         with self.timer("sample"):
-            samples = [self.sampler[first_sample + int(p)] for p in positions]
+            samples = self.reader.read(first_sample, positions)
         with self.timer("rollout"):
             rollouts = self._rollouts(samples, plan, step)
         with self.timer("rewrite"):

@@ -22,7 +22,7 @@ from megatron_sip.config import (
     StartServer,
     api_key,
 )
-from megatron_sip.data.indexed_files import check_files, check_tokenizer
+from megatron_sip.data.blended_corpus import open_corpus
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.errors import refuse
 from megatron_sip.judge.prompts import load_prompt
@@ -117,11 +117,14 @@ def _data(config: Config) -> Iterator[str]:
         tokenizer = None
         yield f"data.tokenizer: {error}"
     for split in SPLITS:
-        prefix = getattr(config.data, split)
         try:
-            manifest = check_files(prefix)
+            corpus = open_corpus(
+                getattr(config.data, split),
+                min_tokens=config.data.min_prefix_tokens + config.data.suffix_tokens,
+                cache_dir=config.data.cache_dir,
+            )
             if tokenizer:
-                check_tokenizer(prefix, manifest, digest=tokenizer.digest, path=path)
+                corpus.check_tokenizer(tokenizer.digest, path=path)
         except ValueError as error:
             yield f"data.{split}: {error}"
     if tokenizer and tokenizer.vocab_size % tp:

@@ -17,8 +17,8 @@ from megatron_sip.config import (
     StartServer,
 )
 from megatron_sip.convert.huggingface import llama_config
+from megatron_sip.data.blended_corpus import BlendedCorpus
 from megatron_sip.data.frequencies import pair_frequencies
-from megatron_sip.data.indexed_dataset import IndexedDataset
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.judge.cache import Cache
 from megatron_sip.judge.judge import Judge
@@ -82,7 +82,7 @@ def connect(
     endpoints: dict[str, Endpoint],
     *,
     tokenizer: Tokenizer,
-    train: IndexedDataset,
+    train: BlendedCorpus,
     stack: ExitStack,
 ) -> Services:
     """Clients of all servers for one I/O rank."""

@@ -6,7 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from megatron_sip.data.readers import BadRecords, expand_inputs, read_documents
+from megatron_sip.data.preprocess.bad_records import BadRecords
+from megatron_sip.data.preprocess.documents import read_documents
+from megatron_sip.data.preprocess.inputs import expand_inputs
 from megatron_sip.data.splits import DEFAULT_SALT, parse_split, split_of
 from megatron_sip.data.tokenizer_training import train_tokenizer
 
@@ -23,7 +25,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--input", nargs="+", required=True, metavar="GLOB", help=".jsonl or .txt files")
+    add("--input", nargs="+", required=True, metavar="PATH", help="files, folders, globs or URLs")
     add("--vocab-size", type=int, required=True, help="pieces in all, 256 bytes included")
     add("--output", type=Path, required=True, help="the .model file; an older one is replaced")
     add("--text-key", default="text", help="key of the text in JSON, dots go deeper (%(default)s)")
@@ -44,7 +46,7 @@ def main() -> int:
             raise ValueError(f"--only {args.only!r} must be one of {', '.join(split.names)}")
         bad = BadRecords(limit=args.max_bad_records)
         documents = read_documents(expand_inputs(args.input), text_key=args.text_key, bad=bad)
-        texts = (t for t, _ in documents if not split or split_of(t, split) == args.only)
+        texts = (t for t in documents if not split or split_of(t, split) == args.only)
         tokenizer = train_tokenizer(texts, vocab_size=args.vocab_size, output=args.output)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from megatron_sip.data.indexed_dataset import IndexedDataset
+from megatron_sip.data.blended_corpus import BlendedCorpus
 
 MAX_TOKENS = 2**24  # enough to know the common pairs; counted in seconds
 
@@ -36,23 +36,24 @@ class PairFrequencies:
         return found / self.counts.sum()
 
 
-def pair_frequencies(dataset: IndexedDataset, *, max_tokens: int = MAX_TOKENS) -> PairFrequencies:
+def pair_frequencies(corpus: BlendedCorpus, *, max_tokens: int = MAX_TOKENS) -> PairFrequencies:
     """Count the pairs inside documents.
 
-    Args:    max_tokens: of a larger dataset, evenly spaced documents are read until so many.
-    Returns: counts that are a function of the dataset and `max_tokens` alone.
+    Args:    max_tokens: of larger data, evenly spaced documents are read until so many.
+    Returns: counts that are a function of the data and `max_tokens` alone.
     """
-    manifest = dataset.manifest
-    step = max(1, -(-manifest.tokens // max_tokens))
-    parts, left = [], max_tokens
-    for i in range(0, dataset.num_documents, step):
-        tokens = dataset.document(i)[:left]
-        parts.append(_codes(tokens, manifest.vocab_size))
+    vocab_size = corpus.parts[0].vocab_size
+    step = max(1, -(-corpus.tokens // max_tokens))
+    documents = (p.document(i) for p in corpus.parts for i in range(0, p.num_documents, step))
+    pieces, left = [], max_tokens
+    for document in documents:
+        tokens = document[:left]
+        pieces.append(_codes(tokens, vocab_size))
         left -= len(tokens)
         if left <= 0:
             break
-    codes, counts = np.unique(np.concatenate(parts), return_counts=True)
-    return PairFrequencies(codes, counts, manifest.vocab_size)
+    codes, counts = np.unique(np.concatenate(pieces), return_counts=True)
+    return PairFrequencies(codes, counts, vocab_size)
 
 
 def _codes(token_ids: np.ndarray, vocab_size: int) -> np.ndarray:

@@ -1,43 +1,75 @@
-"""Reader of Megatron's `.bin/.idx` datasets: memory-mapped by Megatron-Core, checked by us.
+"""Reader of Megatron's `.bin/.idx` datasets, on a disk or in an object store.
 
 Beside the two files stands a manifest; a part that is missing, truncated or altered is an error
-that says so. `indexed_dataset_writer` makes them. Only local files.
+that says so. `staged_dataset` makes them. Imports no torch.
 """
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from megatron_sip.data.indexed_files import REMEDY, check_files, check_tokenizer
-from megatron_sip.data.manifest import file_digest, part_path
+from megatron_sip.data.indexed_files import (
+    HEADER,
+    REMEDY,
+    IndexHeader,
+    check_files,
+    check_tokenizer,
+    read_header,
+)
+from megatron_sip.data.manifest import Manifest, file_digest
+from megatron_sip.data.storage import local_part, open_bytes
 
-with warnings.catch_warnings():  # at import it reports each GPU package that is not installed
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex")
-    from megatron.core.datasets import indexed_dataset as megatron
+_READ_BYTES = 1 << 24
+
+
+class IndexArrays:
+    """The three arrays of a `.idx`, memory-mapped.
+
+    Args: lengths: int32[S], tokens of each sequence. pointers: int64[S], bytes before it in `.bin`.
+          borders: int64[D + 1], document i is the sequences borders[i] : borders[i + 1].
+    """
+
+    def __init__(self, path: Path, header: IndexHeader) -> None:
+        s, start = header.sequences, HEADER.size
+        data = np.memmap(path, np.uint8, mode="r")
+        self.lengths = data[start : start + 4 * s].view("<i4")
+        self.pointers = data[start + 4 * s : start + 12 * s].view("<i8")
+        self.borders = data[start + 12 * s :].view("<i8")
+
+    def span(self, first: int, last: int, itemsize: int) -> tuple[int, int]:
+        """Bytes [start, end) of the documents first : last, which lie together."""
+        a, b = int(self.borders[first]), int(self.borders[last])
+        if a == b:
+            return 0, 0
+        last_bytes = int(self.lengths[b - 1]) * itemsize
+        return int(self.pointers[a]), int(self.pointers[b - 1]) + last_bytes
 
 
 class IndexedDataset:
-    """Documents of a published dataset, memory-mapped by Megatron's reader.
+    """Documents of a published dataset.
 
-    Args:   prefix: path without `.bin`.
+    Args:   prefix: path or fsspec URL without `.bin`. cache_dir: folder for the small parts of a
+            URL's dataset.
     Raises: ValueError naming file, sizes and remedy if a part is missing, truncated or altered.
-            `.bin` is checked by size alone; `verify` reads it whole.
+            `.bin` is checked by size alone; `tools/dataset.py verify` reads it whole.
     """
 
-    def __init__(self, prefix: Path) -> None:
-        self.prefix = Path(prefix)
-        self.manifest = check_files(self.prefix)
-        self._megatron = megatron.IndexedDataset(str(self.prefix))
-        self.num_documents: int = len(self._megatron.document_indices) - 1
-        index = self._megatron.index
-        end = int(index.sequence_pointers[-1]) + int(index.sequence_lengths[-1]) * index.dtype_size
-        if end != self.manifest.bin_bytes:
+    def __init__(self, prefix: str | Path, *, cache_dir: Path | None = None) -> None:
+        self.prefix = prefix
+        self.manifest: Manifest = check_files(prefix, cache_dir=cache_dir)
+        self.num_documents: int = self.manifest.documents
+        self.dtype = np.dtype(self.manifest.dtype)
+        index = local_part(prefix, ".idx", cache_dir=cache_dir)
+        self.index = IndexArrays(index, read_header(index))
+        self._bytes = open_bytes(prefix)
+        end = self.index.span(0, self.num_documents, self.dtype.itemsize)[1]
+        if not end == self.manifest.bin_bytes == self._bytes.size:
             raise ValueError(
-                f"{self.prefix}.bin has {self.manifest.bin_bytes} bytes, but {self.prefix}.idx "
-                f"says {end}; {REMEDY}"
+                f"{self._bytes.name} has {self._bytes.size} bytes, its manifest says "
+                f"{self.manifest.bin_bytes}, {index} says {end}; {REMEDY}"
             )
 
     @property
@@ -48,30 +80,59 @@ class IndexedDataset:
     def document(self, i: int) -> np.ndarray:
         """int32[T]: a copy of document i, its end-of-document id included.
 
-        Raises: ValueError if i is outside [0, num_documents).
+        Raises: ValueError if i is outside [0, num_documents), or the index lies about it.
         """
         if not 0 <= i < self.num_documents:
             raise ValueError(f"{self.prefix}: document {i} must be in [0, {self.num_documents})")
-        index = self._megatron.index
-        first, last = self._megatron.document_indices[i : i + 2]
-        count = int(index.sequence_lengths[first:last].sum(dtype=np.int64))
-        offset = int(index.sequence_pointers[first])  # bytes
-        return self._megatron.bin_reader.read(index.dtype, count, offset).astype(np.int32)
+        return self._tokens(i, i + 1).astype(np.int32)
+
+    def documents(self) -> Iterator[np.ndarray]:
+        """Every document in order, dtype[T] each, read in large pieces."""
+        lengths = self.document_lengths()
+        ends = np.cumsum(lengths)
+        first = 0
+        while first < self.num_documents:
+            limit = (ends[first - 1] if first else 0) + _READ_BYTES // self.dtype.itemsize
+            last = max(first + 1, int(np.searchsorted(ends, limit, side="right")))
+            yield from np.split(self._tokens(first, last), np.cumsum(lengths[first : last - 1]))
+            first = last
 
     def document_lengths(self) -> np.ndarray:
         """int64[num_documents]: tokens of each document, its end-of-document id included."""
-        ends = np.cumsum(self._megatron.sequence_lengths, dtype=np.int64)
-        return np.diff(np.concatenate(([0], ends))[self._megatron.document_indices])
+        ends = np.concatenate(([0], np.cumsum(self.index.lengths, dtype=np.int64)))
+        return np.diff(ends[self.index.borders])
 
     def check_tokenizer(self, digest: str, *, path: Path) -> None:
         """Raises: ValueError if the data was made with another tokenizer than that at `path`."""
         check_tokenizer(self.prefix, self.manifest, digest=digest, path=path)
 
-    def verify(self) -> None:
-        """Read `.bin` whole. Raises: ValueError if its digest is not the manifest's."""
-        path, found = part_path(self.prefix, ".bin"), file_digest(part_path(self.prefix, ".bin"))
-        if found != self.manifest.bin_xxh3_128:
+    def close(self) -> None:
+        """Close the files; documents can no longer be read."""
+        self._bytes.close()
+
+    def _tokens(self, first: int, last: int) -> np.ndarray:
+        """dtype[T]: documents first : last, one after another."""
+        start, end = self.index.span(first, last, self.dtype.itemsize)
+        if not 0 <= start <= end <= self.manifest.bin_bytes:
             raise ValueError(
-                f"{path} has digest {found}, but its manifest says {self.manifest.bin_xxh3_128}; "
-                f"the file was altered; {REMEDY}"
+                f"{self.prefix}.idx: document {first} lies at bytes {start}..{end} of "
+                f"{self.manifest.bin_bytes}; {REMEDY}"
             )
+        data = self._bytes.read(start, end - start)
+        if len(data) != end - start:
+            raise ValueError(
+                f"{self._bytes.name}: {len(data)} of {end - start} bytes could be read at "
+                f"{start}; the file was truncated while it was open; {REMEDY}"
+            )
+        return np.frombuffer(data, self.dtype)
+
+
+def verify_digest(dataset: IndexedDataset) -> None:
+    """Read a local `.bin` whole. Raises: ValueError if its digest is not the manifest's."""
+    path = local_part(dataset.prefix, ".bin", cache_dir=None)
+    found = file_digest(path)
+    if found != dataset.manifest.bin_xxh3_128:
+        raise ValueError(
+            f"{path} has digest {found}, but its manifest says {dataset.manifest.bin_xxh3_128}; "
+            f"the file was altered; {REMEDY}"
+        )

@@ -1,68 +1,126 @@
-"""`.bin/.idx` files of a published dataset against their manifest; nothing is mapped, no torch."""
+"""Parts of a published dataset against its manifest; no torch."""
 
 from __future__ import annotations
 
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from megatron_sip.data.manifest import Manifest, file_digest, load_manifest, part_path
+from megatron_sip.data.manifest import Manifest, file_digest, load_manifest
+from megatron_sip.data.storage import is_url, local_part
 
 HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document borders
 MAGIC = b"MMIDIDX\x00\x00"
 DTYPES = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}  # Megatron's codes of those we write
+CODES = {dtype: code for code, dtype in DTYPES.items()}
+UINT16_LIMIT = 65_500  # Megatron-Core's own: larger vocabularies get int32
 REMEDY = "make the dataset again with tools/preprocess_data.py"
 
 
-def check_files(prefix: Path) -> Manifest:
-    """Sizes, index header and index digest, before Megatron maps anything.
+def dtype_of(vocab_size: int) -> np.dtype:
+    """Type of token ids in `.bin`, as Megatron-Core's `DType.optimal_dtype` chooses it."""
+    return np.dtype(np.uint16 if vocab_size < UINT16_LIMIT else np.int32)
 
-    Args:   prefix: path without `.bin`.
-    Raises: ValueError naming file, sizes and remedy if a part is missing, truncated or altered.
-            `.bin` is checked by size alone; `IndexedDataset.verify` reads it whole.
+
+@dataclass(frozen=True)
+class IndexHeader:
+    """First bytes of a `.idx`. Args: sequences, documents: how many. dtype: of the token ids."""
+
+    sequences: int
+    documents: int
+    dtype: np.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Size that the whole file must have."""
+        return HEADER.size + 12 * self.sequences + 8 * (self.documents + 1)
+
+
+def read_header(index: Path) -> IndexHeader:
+    """Header of an index file, against the file's size.
+
+    Raises: ValueError if it is no Megatron index, of a type we do not read, truncated or longer.
     """
-    manifest = load_manifest(part_path(prefix, ".manifest.json"))
-    index, data = part_path(prefix, ".idx"), part_path(prefix, ".bin")
-    for path, expected in ((index, manifest.idx_bytes), (data, manifest.bin_bytes)):
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file, its manifest says {expected} bytes; {REMEDY}")
-        if path.stat().st_size != expected:
+    try:
+        with open(index, "rb") as stream:
+            header = stream.read(HEADER.size)
+            size = stream.seek(0, 2)
+    except OSError as error:
+        raise ValueError(f"{index} cannot be read ({error.strerror}); {REMEDY}") from None
+    magic, version, code, sequences, borders = (
+        HEADER.unpack(header) if len(header) == HEADER.size else (b"", 0, 0, 0, 0)
+    )
+    if (magic, version) != (MAGIC, 1) or borders < 1:
+        raise ValueError(f"{index}: {header[:18]!r} is no Megatron index header; {REMEDY}")
+    if code not in DTYPES:
+        raise ValueError(
+            f"{index}: type code {code} is neither int32 (4) nor uint16 (8), which token ids "
+            f"need; {REMEDY}"
+        )
+    found = IndexHeader(sequences, borders - 1, DTYPES[code])
+    if size != found.bytes:
+        raise ValueError(
+            f"{index} has {size} bytes, but {sequences} sequences and {borders - 1} documents "
+            f"need {found.bytes}; the file is truncated, altered or multimodal; {REMEDY}"
+        )
+    return found
+
+
+def check_sizes(prefix: str | Path, manifest: Manifest, *, cache_dir: Path | None = None) -> None:
+    """Sizes of `.idx` and `.bin`, by their directory entries alone.
+
+    Raises: ValueError naming file, sizes and remedy if one is missing, truncated or longer.
+    """
+    parts = {".idx": manifest.idx_bytes} if is_url(prefix) else {
+        ".idx": manifest.idx_bytes, ".bin": manifest.bin_bytes,
+    }  # fmt: skip
+    for suffix, expected in parts.items():
+        path = local_part(prefix, suffix, cache_dir=cache_dir)
+        try:
+            size = path.stat().st_size
+        except OSError:
             raise ValueError(
-                f"{path} has {path.stat().st_size} bytes, but its manifest says {expected}; "
+                f"{path}: no such file, its manifest says {expected} bytes; {REMEDY}"
+            ) from None
+        if size != expected:
+            raise ValueError(
+                f"{path} has {size} bytes, but its manifest says {expected}; "
                 f"the file is truncated or altered; {REMEDY}"
             )
+
+
+def check_files(prefix: str | Path, *, cache_dir: Path | None = None) -> Manifest:
+    """Sizes, index header and index digest.
+
+    Args:   prefix: path or URL without `.bin`.
+    Raises: ValueError naming file, sizes and remedy if a part is missing, truncated or altered.
+            `.bin` is checked by size alone; `verify` reads it whole.
+    """
+    manifest = load_manifest(local_part(prefix, ".manifest.json", cache_dir=cache_dir))
+    check_sizes(prefix, manifest, cache_dir=cache_dir)
+    index = local_part(prefix, ".idx", cache_dir=cache_dir)
     if file_digest(index) != manifest.idx_xxh3_128:
         raise ValueError(f"{index} has another digest than its manifest says; {REMEDY}")
-    _check_header(index, manifest)
+    header = read_header(index)
+    dtype = header.dtype
+    if (dtype.name, header.documents) != (manifest.dtype, manifest.documents) or (
+        manifest.tokens * dtype.itemsize != manifest.bin_bytes
+    ):
+        raise ValueError(
+            f"{index} says {header.documents} documents of {dtype.name}, its manifest "
+            f"{manifest.documents} of {manifest.dtype} and {manifest.tokens} tokens in "
+            f"{manifest.bin_bytes} data bytes; {REMEDY}"
+        )
     return manifest
 
 
-def check_tokenizer(prefix: Path, manifest: Manifest, *, digest: str, path: Path) -> None:
+def check_tokenizer(prefix: str | Path, manifest: Manifest, *, digest: str, path: Path) -> None:
     """Raises: ValueError if the data was made with another tokenizer than that at `path`."""
     if digest != manifest.tokenizer_digest:
         raise ValueError(
             f"{prefix} was made with another tokenizer (sha256 "
             f"{manifest.tokenizer_digest[:12]}) than {path} ({digest[:12]}); give the "
             f"same file, or {REMEDY}"
-        )
-
-
-def _check_header(index: Path, manifest: Manifest) -> None:
-    """What the index says of itself against the manifest."""
-    with open(index, "rb") as stream:
-        header = stream.read(HEADER.size)
-    magic, version, code, sequences, borders = (
-        HEADER.unpack(header) if len(header) == HEADER.size else (b"", 0, 0, 0, 0)
-    )
-    if (magic, version) != (MAGIC, 1) or code not in DTYPES:
-        raise ValueError(f"{index}: {header[:18]!r} is no Megatron index header; {REMEDY}")
-    dtype, expected = DTYPES[code], HEADER.size + 12 * sequences + 8 * borders
-    if (dtype.name, borders - 1, expected) != (
-        manifest.dtype, manifest.documents, manifest.idx_bytes,
-    ) or manifest.tokens * dtype.itemsize != manifest.bin_bytes:  # fmt: skip
-        raise ValueError(
-            f"{index} says {borders - 1} documents of {dtype.name} in {expected} index bytes, "
-            f"its manifest {manifest.documents} of {manifest.dtype} in {manifest.idx_bytes} and "
-            f"{manifest.tokens} tokens in {manifest.bin_bytes} data bytes; {REMEDY}"
         )

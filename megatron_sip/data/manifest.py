@@ -10,12 +10,12 @@ from typing import Literal
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-SCHEMA = 1
-PARTS = (".bin", ".idx", ".manifest.json")  # in the order of publication
+SCHEMA = 2
+PARTS = (".bin", ".idx", ".documents.parquet", ".eligible", ".manifest.json")  # as published
 
 
 def part_path(prefix: Path, suffix: str) -> Path:
-    """PREFIX + ".bin", ".idx" or ".manifest.json"; a dot inside PREFIX is part of its name."""
+    """PREFIX + ".bin", ".idx", ...; a dot inside PREFIX is part of its name."""
     return prefix.with_name(prefix.name + suffix)
 
 
@@ -35,7 +35,8 @@ class Manifest(BaseModel):
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
     )
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[2] = SCHEMA
+    made_by: Literal["preprocess", "adopt", "merge", "split"]
     split: str
     """Name of the split; empty: the inputs were not split."""
     split_shares: str
@@ -47,7 +48,7 @@ class Manifest(BaseModel):
     """End-of-document ids included."""
     dtype: Literal["uint16", "int32"]
     tokenizer_digest: str
-    """sha256 of the sentencepiece file."""
+    """sha256 of the tokenizer's file."""
     vocab_size: int
     eod: int
     """End-of-document id."""
@@ -81,24 +82,32 @@ def file_digest(path: Path) -> str:
     return state.hexdigest()
 
 
-def load_manifest(path: Path) -> Manifest:
-    """Read a manifest.
+def parse_manifest(text: str | bytes, *, name: str) -> Manifest:
+    """Check a manifest's text.
 
-    Raises: ValueError if the file is missing, no valid manifest, or of another schema version.
+    Raises: ValueError naming the file, the key and the remedy if it is not valid.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ValueError(
-            f"{path} cannot be read ({error.strerror}); "
-            "make the dataset with tools/preprocess_data.py"
-        ) from None
     try:
         return Manifest.model_validate_json(text)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         key = ".".join(map(str, first["loc"])) or "file"
         raise ValueError(
-            f"{path}: {key} is {str(first['input'])[:80]!r}: {first['msg']}; this version reads "
+            f"{name}: {key} is {str(first['input'])[:80]!r}: {first['msg']}; this version reads "
             f"schema {SCHEMA}; make the dataset again with tools/preprocess_data.py"
         ) from None
+
+
+def load_manifest(path: Path) -> Manifest:
+    """Read a manifest.
+
+    Raises: ValueError if the file is missing, no valid manifest, or of another schema version.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"{path} cannot be read ({error.strerror}); make the dataset with "
+            "tools/preprocess_data.py, or adopt an existing one with tools/dataset.py adopt"
+        ) from None
+    return parse_manifest(text, name=str(path))

@@ -32,13 +32,8 @@ def permute(index: int, *, size: int, key: int) -> int:
              average (the network's domain is below 4 x size), O(1) memory.
     Raises:  ValueError if `index` or `size` is out of range.
     """
-    if not 0 <= index < size <= 1 << 62:
-        raise ValueError(
-            f"permute: index {index} of size {size} must satisfy 0 <= index < size <= 2^62"
-        )
-    half = max(1, ((size - 1).bit_length() + 1) // 2)  # bits
+    half, round_keys = _network(index, size, key)
     mask = (1 << half) - 1
-    round_keys = [_mix(_mix(key & _MASK) ^ r) for r in range(_ROUNDS)]
     value = index
     while True:
         left, right = value >> half, value & mask
@@ -48,3 +43,30 @@ def permute(index: int, *, size: int, key: int) -> int:
         value = left << half | right
         if value < size:
             return value
+
+
+def unpermute(image: int, *, size: int, key: int) -> int:
+    """The `index` with permute(index, size=size, key=key) == image.
+
+    Raises: ValueError if `image` or `size` is out of range.
+    """
+    half, round_keys = _network(image, size, key)
+    mask = (1 << half) - 1
+    value = image
+    while True:
+        left, right = value >> half, value & mask
+        for round_key in reversed(round_keys):
+            left, right = right ^ (_mix(left ^ round_key) >> (64 - half)), left
+        value = left << half | right
+        if value < size:
+            return value
+
+
+def _network(value: int, size: int, key: int) -> tuple[int, list[int]]:
+    """(bits of half a value, round keys)."""
+    if not 0 <= value < size <= 1 << 62:
+        raise ValueError(
+            f"permutation: {value} of size {size} must satisfy 0 <= value < size <= 2^62"
+        )
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    return half, [_mix(_mix(key & _MASK) ^ r) for r in range(_ROUNDS)]

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from pathlib import Path
 
-from megatron_sip.data.indexed_dataset import IndexedDataset
+from megatron_sip.data.indexed_dataset import IndexedDataset, verify_digest
 from megatron_sip.data.manifest import Manifest
-from megatron_sip.data.preprocess import preprocess
-from megatron_sip.data.readers import BadRecords, expand_inputs, read_documents
+from megatron_sip.data.preprocess.bad_records import BadRecords
+from megatron_sip.data.preprocess.documents import read_documents
+from megatron_sip.data.preprocess.inputs import expand_inputs
+from megatron_sip.data.preprocess.pipeline import Settings, preprocess
 from megatron_sip.data.splits import parse_split, split_of
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.data.tokenizer_training import train_tokenizer
 
 SPLIT = parse_split("train=80,validation=10,test=10")
 VOCAB_SIZE = 4096  # pieces
+MIN_TOKENS = 64  # shortest prefix and suffix of the quickstart's recipes
 
 
 def _speeches() -> str:
@@ -32,7 +36,7 @@ def _present(output: Path, *, total_bytes: int) -> dict[str, Manifest]:
     for name in SPLIT.names:
         dataset = IndexedDataset(output / f"sotu_{name}")
         dataset.check_tokenizer(tokenizer.digest, path=output / "tokenizer.model")
-        dataset.verify()
+        verify_digest(dataset)
         manifest = manifests[name] = dataset.manifest
         made_of = (sum(s.bytes for s in manifest.sources), manifest.vocab_size)
         made_by = (manifest.split_shares, manifest.split_salt)
@@ -49,14 +53,17 @@ def prepare_quickstart(output: Path) -> tuple[dict[str, Manifest], bool]:
     Returns: (manifest by split name, whether anything was written).
     Raises:  ValueError if the package `sotu` is not installed.
     """
-    paths = expand_inputs([_speeches()])
+    files = expand_inputs([_speeches()])
     try:
-        return _present(output, total_bytes=sum(p.stat().st_size for p in paths)), False
+        return _present(output, total_bytes=sum(f.bytes for f in files)), False
     except ValueError:
         pass  # made below
-    documents = read_documents(paths, text_key="text", bad=BadRecords(limit=0))
-    train = (text for text, _ in documents if split_of(text, SPLIT) == "train")
+    documents = read_documents(files, text_key="text", bad=BadRecords(limit=0))
+    train = (text for text in documents if split_of(text, SPLIT) == "train")
     model = output / "tokenizer.model"
     train_tokenizer(train, vocab_size=VOCAB_SIZE, output=model)
-    prefix = output / "sotu"
-    return preprocess([_speeches()], tokenizer=model, output_prefix=prefix, split=SPLIT), True
+    settings = Settings(
+        tokenizer=model, output_prefix=output / "sotu", split=SPLIT, min_tokens=MIN_TOKENS
+    )
+    shutil.rmtree(output / "sotu.partial", ignore_errors=True)  # of a run that was killed
+    return preprocess([_speeches()], settings), True

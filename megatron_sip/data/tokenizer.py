@@ -1,68 +1,66 @@
-"""The policy's tokenizer: a sentencepiece model.
+"""The policy's tokenizer: a sentencepiece `.model` or a Hugging Face `tokenizer.json`.
 
 Models of `tokenizer_training` restore every text exactly (identity normalisation, no dummy
 prefix, bytes for what the vocabulary lacks, newlines included), but for the character U+2581,
-which is how sentencepiece writes a space. There is no begin-of-text id; the end-of-sentence id
-ends documents.
+which is how sentencepiece writes a space. Text is never parsed for special tokens: "</s>" in a
+document is four characters, not the end of it.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
+import tokenizers
 
-WORD_START = "\u2581"
+WORD_START = ("\u2581", "\u0120")  # how sentencepiece and byte-level BPE write a space
+EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
 
-class Tokenizer:
-    """A loaded sentencepiece model. Use `Tokenizer.load`."""
+class Tokenizer(ABC):
+    """A loaded tokenizer. Use `Tokenizer.load`.
 
-    def __init__(self, model: bytes, *, name: str) -> None:
-        try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except RuntimeError as error:
-            raise ValueError(
-                f"tokenizer {name}: {len(model)} bytes are not a sentencepiece model ({error}); "
-                "make one with tools/train_tokenizer.py"
-            ) from None
-        self.digest: str = hashlib.sha256(model).hexdigest()
-        self.vocab_size: int = self._processor.vocab_size()
-        self.eod: int = self._processor.eos_id()
-        if self.eod < 0:
-            raise ValueError(
-                f"tokenizer {name} has no end-of-sentence id, which ends every document; "
-                "train one with tools/train_tokenizer.py"
-            )
+    Args: digest: sha256 of its file. vocab_size: ids are in [0, vocab_size).
+          eod: end-of-document id. special_texts: what a less careful tokenizer takes for a special
+          token when it stands in a text.
+    """
 
-    @classmethod
-    def load(cls, path: Path) -> Tokenizer:
-        """Read a `.model` file.
+    digest: str
+    vocab_size: int
+    eod: int
+    special_texts: tuple[str, ...]
 
-        Raises: ValueError if the file is missing, empty, no sentencepiece model, or has no eos.
+    @staticmethod
+    def load(path: Path) -> Tokenizer:
+        """Read a `.model` or `.json` file.
+
+        Raises: ValueError if the file is missing, no tokenizer, or has no end-of-document token.
         """
         try:
-            model = Path(path).read_bytes()
+            data = Path(path).read_bytes()
         except OSError as error:
             raise ValueError(
                 f"tokenizer {path} cannot be read ({error.strerror}); "
                 "make one with tools/train_tokenizer.py"
             ) from None
-        return cls(model, name=str(path))
+        kind = JsonTokenizer if Path(path).suffix == ".json" else SentencePieceTokenizer
+        return kind(data, name=str(path))
 
     @cached_property
     def word_starts(self) -> np.ndarray:
         """bool[V]: the piece of this id begins a word, that is with a space."""
-        pieces = (self._processor.id_to_piece(i) for i in range(self.vocab_size))
+        pieces = (self._piece(i) for i in range(self.vocab_size))
         return np.array([piece.startswith(WORD_START) for piece in pieces], dtype=bool)
 
+    @abstractmethod
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without the end-of-document id."""
-        return self._processor.encode(text)
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of token ids; end-of-document ids add nothing, an incomplete character is U+FFFD.
@@ -75,7 +73,7 @@ class Tokenizer:
                 f"token ids {array.min()}..{array.max()} must lie in [0, {self.vocab_size}); "
                 "they come from another tokenizer or from padding of the vocabulary"
             )
-        return self._processor.decode(array[array != self.eod].tolist())
+        return self._decode(array[array != self.eod].tolist())
 
     def continuation_text(
         self, prefix_ids: Sequence[int] | np.ndarray, ids: Sequence[int] | np.ndarray
@@ -93,3 +91,92 @@ class Tokenizer:
         while not text.startswith(prefix_text[:border]):  # few steps: bytes of one character
             border -= 1
         return text[:border], text[border:]
+
+    @abstractmethod
+    def _piece(self, i: int) -> str:
+        """How the vocabulary writes an id."""
+
+    @abstractmethod
+    def _decode(self, ids: list[int]) -> str: ...
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model."""
+
+    def __init__(self, data: bytes, *, name: str) -> None:
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+        except RuntimeError as error:
+            raise ValueError(
+                f"tokenizer {name}: {len(data)} bytes are not a sentencepiece model ({error}); "
+                "make one with tools/train_tokenizer.py"
+            ) from None
+        self.digest = hashlib.sha256(data).hexdigest()
+        self.vocab_size = self._processor.vocab_size()
+        self.eod = self._processor.eos_id()
+        if self.eod < 0:
+            raise ValueError(
+                f"tokenizer {name} has no end-of-sentence id, which ends every document; "
+                "train one with tools/train_tokenizer.py"
+            )
+        control = (i for i in range(self.vocab_size) if self._processor.is_control(i))
+        self.special_texts = tuple(self._piece(i) for i in control)
+
+    def encode(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def _piece(self, i: int) -> str:
+        return self._processor.id_to_piece(i)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._processor.decode(ids)
+
+
+class JsonTokenizer(Tokenizer):
+    """A Hugging Face `tokenizer.json`.
+
+    Documents end with the first of EOD_TOKENS that is a special token of it, else with the
+    `eos_token` of the tokenizer_config.json beside it.
+    """
+
+    def __init__(self, data: bytes, *, name: str) -> None:
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(
+                f"tokenizer {name}: {len(data)} bytes are not a tokenizer.json ({error}); "
+                "give the file of a Hugging Face fast tokenizer"
+            ) from None
+        self._tokenizer.encode_special_tokens = True  # as text
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.digest = hashlib.sha256(data).hexdigest()
+        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        added = self._tokenizer.get_added_tokens_decoder()
+        special = {token.content: i for i, token in added.items() if token.special}
+        self.special_texts = tuple(special)
+        known = [text for text in EOD_TOKENS if text in special] or [_eos_token(Path(name))]
+        if known[0] not in special:
+            raise ValueError(
+                f"tokenizer {name} has none of the special tokens {', '.join(EOD_TOKENS)}, and "
+                "no tokenizer_config.json beside it names its eos_token; add one"
+            )
+        self.eod = special[known[0]]
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _piece(self, i: int) -> str:
+        return self._tokenizer.id_to_token(i) or ""
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def _eos_token(path: Path) -> str:
+    """`eos_token` of the tokenizer_config.json in the same folder, "" if there is none."""
+    try:
+        found = json.loads((path.parent / "tokenizer_config.json").read_bytes()).get("eos_token")
+    except (OSError, ValueError, AttributeError):
+        return ""
+    return str(found.get("content", "") if isinstance(found, dict) else found or "")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from megatron_sip.data.tokenizer import Tokenizer
+from megatron_sip.data.tokenizer import SentencePieceTokenizer, Tokenizer
 from megatron_sip.publish import atomic_file
 
 _MAX_LINE_CHARS = 100_000  # sentencepiece drops longer lines silently; we cut them instead
@@ -72,7 +72,7 @@ def train_tokenizer(documents: Iterator[str], *, vocab_size: int, output: Path) 
         raise ValueError(
             f"--vocab-size {vocab_size} cannot be trained on this text: {error}"
         ) from None
-    tokenizer = Tokenizer(model.getvalue(), name=str(output))
+    tokenizer = SentencePieceTokenizer(model.getvalue(), name=str(output))
     with atomic_file(output) as temporary:
         temporary.write_bytes(model.getvalue())
     return tokenizer

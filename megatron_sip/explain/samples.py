@@ -60,13 +60,13 @@ def open_files(config: Config) -> tuple[Data, Any, Any]:
         sampler = sampler_of(config, datasets["train"], tokenizer, config.run.seed)
     except ValueError as error:
         return (*_without_data(config, str(error)), None)
-    manifest = datasets["train"].manifest
+    train = datasets["train"]
     samples = config.run.steps * config.data.global_batch_size
     data = Data(
         vocab_size=tokenizer.vocab_size,
         vocab_size_assumed=False,
-        train_tokens=manifest.tokens,
-        train_documents=manifest.documents,
+        train_tokens=train.tokens,
+        train_documents=train.num_documents,
         eligible_documents=sampler.num_eligible,
         passes=samples / sampler.num_eligible,
         missing="",

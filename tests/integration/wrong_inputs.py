@@ -57,7 +57,7 @@ def write_recipe(folder: Path, case: Case) -> None:
 
 
 def _copy_data(folder: Path, name: str) -> Path:
-    for suffix in (".bin", ".idx", ".manifest.json"):
+    for suffix in (".bin", ".idx", ".eligible", ".manifest.json"):
         shutil.copy(folder / f"tiny_train{suffix}", folder / f"{name}{suffix}")
     return folder / name
 
@@ -210,6 +210,12 @@ FILES = (
     Case("truncated .bin", ("data.train=cut",), prepare=_truncated),
     Case(".idx missing", ("data.train=noindex",), prepare=_without_index),
     Case("altered .idx", ("data.train=altered",), prepare=_altered_index),
+    Case("no document is long enough", ("data.train=short_texts",), task="ntp",
+         prepare=_short_texts),
+    Case("a blend's parts measured differently", (
+        'data.train=[{prefix="tiny_train", weight=1.0}, {prefix="tiny_test", epochs=2.0}]',)),
+    Case("a mask that is not there", (
+        'data.train=[{prefix="tiny_train", weight=1.0, mask="safe"}]',)),
     Case("data of another tokenizer", ("data.tokenizer=other.model",), prepare=_other_tokenizer),
     Case("first weights missing", (f"model.init={INIT % 'runs/gone'}",)),
     Case("first weights of another shape", (f"model.init={INIT % 'deeper'}",),
@@ -235,8 +241,6 @@ FILES = (
     Case("several at once", ("data.train=gone", "servers.judge.model=gone", "run.dir=judge")),
 )  # fmt: skip
 SIZES = (
-    Case("no document is long enough", ("data.train=short_texts",), quick=False, task="ntp",
-         prepare=_short_texts),
     Case("judge's questions too long", ("servers.judge.max_model_len=20",), quick=False),
     Case("too little memory", ("model.num_layers=200000",), quick=False),
     Case("too little disk", quick=False, overrides=(

@@ -80,7 +80,7 @@ MUTATIONS = (
              "hidden = copy_to_tensor_model_parallel_region(hidden_states, group=group)",
              "hidden = hidden_states", PARITY, at("TP2PP1DP1", "rf_nll_tied")),
     Mutation("missing tensor-parallel sum in the softmax", "loss_head.py",
-             "    dist.all_reduce(sums[1:], group=group)\n", "", HEAD_RANKS, "tied"),
+             "    dist.all_reduce(sums[1:], group=group)\n", "", HEAD_RANKS, "two_slices"),
     Mutation("gradient norm counts slices on one rank only", "model.py",
              "parameter.tensor_model_parallel = True", "parameter.tensor_model_parallel = False",
              PARITY, at("TP2PP1DP1", "rf_nll_tied")),

@@ -7,11 +7,13 @@ import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_sip.data.indexed_dataset import IndexedDataset
-from megatron_sip.data.preprocess import preprocess
+from megatron_sip.data.manifest import PARTS, Manifest
+from megatron_sip.data.preprocess import pipeline
 from megatron_sip.data.splits import parse_split, split_of
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.data.tokenizer_training import train_tokenizer
@@ -26,6 +28,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("preprocess") / "t.model"
     train_tokenizer(iter(TEXTS), vocab_size=320, output=path)
     return path
+
+
+def preprocess(inputs: list[str], **settings: Any) -> dict[str, Manifest]:
+    return pipeline.preprocess(inputs, pipeline.Settings(**settings))
 
 
 def write_jsonl(path: Path, texts: list[str]) -> str:
@@ -110,7 +116,7 @@ BAD_LINES = {
     "3": "no key 'text'",
     '{"text": 3}': "text is int",
     '{"text": ""}': "text is empty",
-    '{"text": "\\ud800"}': "text holds half of a surrogate",
+    '{"text": "\\ud800"}': "not valid JSON",
 }
 
 
@@ -133,10 +139,10 @@ def test_a_failed_run_leaves_an_older_dataset_as_it_is(tmp_path: Path, model: Pa
     out = tmp_path / "out" / "d"
     preprocess([source], tokenizer=model, output_prefix=out, split=SPLIT)
     before = {p.name: p.read_bytes() for p in out.parent.iterdir()}
-    assert len(before) == 9
+    assert len(before) == 3 * len(PARTS)
     bad = tmp_path / "z.txt"
     bad.write_bytes(b"\xff")
-    with pytest.raises(ValueError, match=r"z\.txt:1: .*utf-8"):
+    with pytest.raises(ValueError, match=r"z\.txt:1: .*UTF-8"):
         preprocess([source, str(bad)], tokenizer=model, output_prefix=out, split=SPLIT)
     assert {p.name: p.read_bytes() for p in out.parent.iterdir()} == before
 
@@ -152,7 +158,7 @@ def test_empty_splits_missing_inputs_and_unknown_suffixes_are_errors(
     assert list(out.parent.iterdir()) == []
     with pytest.raises(ValueError, match="matches no file"):
         preprocess([str(tmp_path / "none*")], tokenizer=model, output_prefix=out)
-    with pytest.raises(ValueError, match=r"a\.csv: file name must end in"):
+    with pytest.raises(ValueError, match=r"a\.csv: the name must end in"):
         preprocess([str(tmp_path / "a.csv")], tokenizer=model, output_prefix=out)
 
 

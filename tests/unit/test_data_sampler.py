@@ -8,35 +8,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_helpers import corpus_of, write_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sip.data.indexed_dataset import IndexedDataset
-from megatron_sip.data.indexed_dataset_writer import IndexedDatasetWriter
-from megatron_sip.data.permutation import permute
+from megatron_sip.data.permutation import permute, unpermute
 from megatron_sip.data.sampler import PrefixSuffixSampler
 
 VOCAB = 100
 EOD = 1
 WORD_STARTS = np.arange(VOCAB) % 3 == 0
-FACTS = {
-    "split": "",
-    "split_shares": "",
-    "split_salt": "",
-    "tokenizer_digest": "ab" * 32,
-    "eod": EOD,
-    "bad_records": 0,
-    "sources": (),
-}
+SETTINGS = {"prefix_tokens": 10, "min_prefix_tokens": 4, "suffix_tokens": 6, "seed": 7}
 
 
 def make(prefix: Path, documents: list[list[int]], *, append_eod: bool = True) -> IndexedDataset:
-    writer = IndexedDatasetWriter(prefix, vocab_size=VOCAB)
-    for document in documents:
-        writer.add([*document, EOD] if append_eod else document)
-    writer.stage(append_eod=append_eod, **FACTS)
-    writer.publish()
-    return IndexedDataset(prefix)
+    whole = [[*d, EOD] for d in documents] if append_eod else documents
+    return write_dataset(prefix, whole, vocab_size=VOCAB, append_eod=append_eod)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +35,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> IndexedDataset:
 
 
 def sampler(dataset: IndexedDataset, **changes: int) -> PrefixSuffixSampler:
-    settings = {"prefix_tokens": 10, "min_prefix_tokens": 4, "suffix_tokens": 6, "seed": 7}
-    return PrefixSuffixSampler(dataset, **(settings | changes), word_starts=WORD_STARTS, eod=EOD)
+    settings = SETTINGS | changes
+    corpus = corpus_of(
+        dataset, min_tokens=settings["min_prefix_tokens"] + settings["suffix_tokens"]
+    )
+    return PrefixSuffixSampler(corpus, **settings, word_starts=WORD_STARTS, eod=EOD)
 
 
 def plain(sample: object) -> list[object]:
@@ -57,13 +48,15 @@ def plain(sample: object) -> list[object]:
 
 @given(size=st.integers(1, 600), key=st.integers(0, 2**64 - 1))
 def test_permutation_is_a_bijection_of_every_size(size: int, key: int) -> None:
-    assert sorted(permute(i, size=size, key=key) for i in range(size)) == list(range(size))
+    images = [permute(i, size=size, key=key) for i in range(size)]
+    assert sorted(images) == list(range(size))
+    assert [unpermute(image, size=size, key=key) for image in images] == list(range(size))
 
 
 def test_permutation_stays_in_range_for_huge_sizes_and_refuses_what_is_outside() -> None:
     assert all(0 <= permute(i, size=10**15, key=3) < 10**15 for i in range(50))
     for index, size in ((-1, 5), (5, 5), (0, 0), (0, 2**62 + 1)):
-        with pytest.raises(ValueError, match="0 <= index < size"):
+        with pytest.raises(ValueError, match="0 <= value < size"):
             permute(index, size=size, key=0)
 
 
@@ -152,12 +145,14 @@ def test_seeds_give_different_samples(dataset: IndexedDataset) -> None:
 
 
 def test_errors_name_numbers_and_remedy(dataset: IndexedDataset) -> None:
-    with pytest.raises(ValueError, match=r"none of 60 .* = 4 \+ 90 = 94 .*longest has 63"):
+    with pytest.raises(ValueError, match=r"none of 60 .*suffix_tokens = 94 tokens"):
         sampler(dataset, suffix_tokens=90)
     with pytest.raises(ValueError, match=r"min_prefix_tokens 11 .*prefix_tokens 10"):
         sampler(dataset, min_prefix_tokens=11)
     with pytest.raises(ValueError, match="starts at 0"):
         sampler(dataset)[-1]
-    settings = {"prefix_tokens": 10, "min_prefix_tokens": 4, "suffix_tokens": 6, "seed": 7}
+    corpus = corpus_of(dataset, min_tokens=9)
     with pytest.raises(ValueError, match="has eod 1 and 100 pieces"):
-        PrefixSuffixSampler(dataset, **settings, word_starts=WORD_STARTS, eod=2)
+        PrefixSuffixSampler(corpus, **SETTINGS, word_starts=WORD_STARTS, eod=2)
+    with pytest.raises(ValueError, match="documents of 9 tokens"):
+        PrefixSuffixSampler(corpus, **SETTINGS, word_starts=WORD_STARTS, eod=EOD)

@@ -17,6 +17,7 @@ from megatron_sip.config_objective import (
     RfNllObjective,
     SftRewriteObjective,
 )
+from megatron_sip.data.sample_reader import SampleReader
 from megatron_sip.experience import LiveExperience, pool_means
 from megatron_sip.metrics import PhaseTimer, reduce_means
 from megatron_sip.objectives import picks_of
@@ -72,7 +73,7 @@ class Judge:
 def experience(judge: Judge) -> LiveExperience:
     rewritten = candidate((7, 7), "rewrite")
     return LiveExperience(
-        sampler=[sample(i) for i in range(4)],  # pyright: ignore[reportArgumentType]
+        reader=SampleReader([sample(i) for i in range(4)], batch=4, steps=0),
         tokenizer=SimpleNamespace(continuation_text=lambda *_: ("p", "s")),  # pyright: ignore
         engine=SimpleNamespace(  # pyright: ignore[reportArgumentType]
             generate=lambda samples, k, **_: [[candidate((i,)) for i in range(k)] for _ in samples]

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_helpers import corpus_of, write_dataset
 from judge_helpers import likelihood_reply, make_model_folder, make_pool, scripted_server, served
 from pool_helpers import candidate
 from pool_helpers import pool as pool_of
-from test_data_indexed_dataset import write
 
 from megatron_sip import config
 from megatron_sip.data.frequencies import PairFrequencies, pair_frequencies
@@ -24,8 +24,8 @@ FREQUENCIES = PairFrequencies(np.array([3 * 600 + 4, 4 * 600 + 3]), np.array([6,
 
 
 def test_pairs_are_counted_inside_documents(tmp_path: Path) -> None:
-    dataset = write(tmp_path / "d", [[5, 6, 5, 6, EOD], [6, 5, EOD], [7]], vocab_size=8)
-    found = pair_frequencies(dataset)
+    dataset = write_dataset(tmp_path / "d", [[5, 6, 5, 6, EOD], [6, 5, EOD], [7]], vocab_size=8)
+    found = pair_frequencies(corpus_of(dataset))
     pairs = {
         (int(c) // 8, int(c) % 8): int(n) for c, n in zip(found.codes, found.counts, strict=True)
     }
@@ -43,10 +43,10 @@ def test_codes_do_not_overflow_with_a_large_vocabulary() -> None:
 
 
 def test_a_large_dataset_is_read_at_even_steps_and_no_further(tmp_path: Path) -> None:
-    dataset = write(tmp_path / "d", [[token] * 10 for token in range(8)], vocab_size=8)
-    found = pair_frequencies(dataset, max_tokens=40)
+    dataset = write_dataset(tmp_path / "d", [[token] * 10 for token in range(8)], vocab_size=8)
+    found = pair_frequencies(corpus_of(dataset), max_tokens=40)
     assert (found.codes // 8).tolist() == [0, 2, 4, 6] and found.counts.tolist() == [9] * 4
-    found = pair_frequencies(dataset, max_tokens=15)
+    found = pair_frequencies(corpus_of(dataset), max_tokens=15)
     assert (found.codes // 8).tolist() == [0, 6] and found.counts.tolist() == [9, 4]
 
 

@@ -1,0 +1,1 @@
+"""From text files to indexed datasets: read, tokenize in several processes, write in order."""

@@ -1,0 +1,131 @@
+"""Fast tokenizer backends, and the proof that they give what the exact one gives.
+
+A backend is used only after it gave the same ids as the exact tokenizer on a sample of the input
+itself, and goes on being checked on one text in CHECK_EVERY, chosen by the text's digest.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from megatron_sip.data.tokenizer import JsonTokenizer, Tokenizer
+
+CHECK_EVERY = 512  # texts
+MAX_CHECKED_CHARS = 1 << 18  # longer texts are not checked: the exact tokenizer's memory grows
+_SHOWN_CHARS = 200
+
+
+class Encoder(Protocol):
+    """Token ids of many texts at once."""
+
+    name: str
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(int[T] ids, one text after another; int64[texts] tokens of each)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A text on which a backend is wrong. Args: text: its first characters. fast, exact: ids from
+    the first that differs on."""
+
+    text: str
+    fast: tuple[int, ...]
+    exact: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.text!r}: {list(self.fast)} for {list(self.exact)}"
+
+
+class ExactEncoder:
+    """The library that defines the tokenizer."""
+
+    name = "exact"
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return _joined([self._tokenizer.encode(text) for text in texts])
+
+
+class FastokensEncoder:
+    """`fastokens` for a tokenizer.json."""
+
+    def __init__(self, path: Path) -> None:
+        import fastokens  # only where it is used: not every machine has it
+
+        self.name = f"fastokens {version('fastokens')}"
+        self._tokenizer = fastokens.Tokenizer.from_file(str(path))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids, offsets = self._tokenizer.encode_batch_flat(list(texts), split_special_tokens=True)
+        return np.frombuffer(ids, "<u4"), np.diff(np.frombuffer(offsets, "<u8").astype(np.int64))
+
+
+class GigatokenEncoder:
+    """`gigatoken` for a sentencepiece model.
+
+    It takes "</s>" in a text for the end-of-document token, so such texts go to the exact one.
+    """
+
+    def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
+        import gigatoken  # only where it is used: not every machine has it
+
+        self.name = f"gigatoken {version('gigatoken')}"
+        self._fast = gigatoken.Tokenizer.from_sentencepiece(str(path))
+        self._tokenizer = tokenizer
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        special = self._tokenizer.special_texts
+        lists = self._fast.encode_batch_list(list(texts), parallel=False)
+        for i, text in enumerate(texts):
+            if any(s in text for s in special):
+                lists[i] = self._tokenizer.encode(text)
+        return _joined(lists)
+
+
+def fast_encoder(path: Path, tokenizer: Tokenizer) -> tuple[Encoder | None, str]:
+    """(fast backend for a tokenizer's file, "") or (None, why there is none)."""
+    os.environ["RAYON_NUM_THREADS"] = "1"  # one thread a worker, whatever the backend's default
+    is_json = isinstance(tokenizer, JsonTokenizer)
+    name = "fastokens" if is_json else "gigatoken"
+    try:
+        return (FastokensEncoder(path) if is_json else GigatokenEncoder(path, tokenizer)), ""
+    except (ImportError, PackageNotFoundError):
+        return None, f"{name} is not installed (pip install {name} makes this several times faster)"
+    except (ValueError, RuntimeError, TypeError, KeyError, OSError) as error:
+        return None, f"{name} refuses {path} ({error})"
+
+
+def difference(encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str]) -> Difference | None:
+    """First text that `encoder` does not encode as `tokenizer` does."""
+    ids, counts = encoder.encode(texts)
+    for text, fast in zip(texts, np.split(ids, np.cumsum(counts)[:-1]), strict=True):
+        exact = tokenizer.encode(text)
+        if fast.tolist() != exact:
+            pairs = enumerate(zip(fast.tolist(), exact, strict=False))
+            at = next((i for i, (a, b) in pairs if a != b), min(len(fast), len(exact)))
+            start = max(0, len(tokenizer.decode(exact[:at])) - _SHOWN_CHARS // 2)
+            return Difference(
+                text[start : start + _SHOWN_CHARS],
+                tuple(fast.tolist()[at : at + 8]),
+                tuple(exact[at : at + 8]),
+            )
+    return None
+
+
+def _joined(lists: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    counts = np.array([len(ids) for ids in lists], np.int64)
+    parts = [np.asarray(ids, np.int64) for ids in lists]
+    return (np.concatenate(parts) if parts else np.zeros(0, np.int64)), counts

@@ -1,0 +1,281 @@
+"""Input files to indexed datasets: one reader, several tokenizing processes, one writer in order.
+
+The bytes that are written depend on the input and the settings alone, not on the number of
+workers, the backend, or where a run was killed and went on.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_sip.data.manifest import Manifest, Source
+from megatron_sip.data.preprocess import journal, worker
+from megatron_sip.data.preprocess.blocks import Block, Cursor, read_blocks
+from megatron_sip.data.preprocess.encoders import MAX_CHECKED_CHARS, difference, fast_encoder
+from megatron_sip.data.preprocess.inputs import InputFile, expand_inputs
+from megatron_sip.data.preprocess.progress_line import ProgressLine, progress_line
+from megatron_sip.data.preprocess.texts import texts_of
+from megatron_sip.data.preprocess.worker import EncodedBlock, Work
+from megatron_sip.data.splits import Split
+from megatron_sip.data.staged_dataset import StagedDataset
+from megatron_sip.data.tokenizer import Tokenizer
+
+_JOURNAL_S = 2.0
+_SAMPLED_FILES, _SAMPLE_CHARS = 8, 1 << 17  # of the proof before the run; characters of each file
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is to be made.
+
+    Args: tokenizer: file. output_prefix: PREFIX; PREFIX.* without, PREFIX_NAME.* with a split.
+          text_key: key of the text in JSON, column of a table; dots go deeper. kept: keys whose
+          values become columns of PREFIX.documents.parquet. append_eod: end each document with
+          the end-of-document id. min_tokens: shorter documents are not in PREFIX.eligible.
+          max_bad_records: unusable records that may be left out (and are counted).
+          max_record_bytes: longer records cannot be used. workers: tokenizing processes.
+          resume: go on with a killed run. exact: use no fast backend.
+    """
+
+    tokenizer: Path
+    output_prefix: Path
+    text_key: str = "text"
+    kept: tuple[str, ...] = ()
+    split: Split | None = None
+    append_eod: bool = True
+    min_tokens: int = 256
+    max_bad_records: int = 0
+    max_record_bytes: int = 1 << 24
+    workers: int = 1
+    resume: bool = False
+    exact: bool = False
+    follow_links: bool = False
+
+
+class _Wrong(Exception):
+    """The fast backend gave other ids than the exact tokenizer."""
+
+
+def preprocess(inputs: Sequence[str], settings: Settings) -> dict[str, Manifest]:
+    """Make one indexed dataset, or one for each split.
+
+    Args:    inputs: paths, folders, globs and fsspec URLs.
+    Returns: manifest by split name; the name is "" without a split.
+    Raises:  ValueError for unusable inputs, too many bad records, or a split without documents;
+             then nothing is published and older files stay as they are. What was done so far
+             waits in PREFIX.partial for `resume`.
+    """
+    tokenizer = Tokenizer.load(settings.tokenizer)
+    files = expand_inputs(inputs, follow_links=settings.follow_links)
+    identity = _identity(files, settings, tokenizer)
+    with journal.working_folder(settings.output_prefix, resume=settings.resume) as folder:
+        progress = journal.load(folder, identity=identity) or journal.Progress(exact=settings.exact)
+        if not progress.exact:
+            progress.exact = not _proved(files, settings, tokenizer)
+        while True:
+            run = _Run(files, settings, tokenizer, folder, identity, progress)
+            try:
+                return run.make()
+            except _Wrong as error:
+                _LOGGER.warning(
+                    "the fast backend is wrong on %s; beginning anew with the exact tokenizer",
+                    error,
+                )
+                (folder / "journal.json").unlink(missing_ok=True)
+                progress = journal.Progress(exact=True)
+
+
+class _Run:
+    """One pass over the input with one backend."""
+
+    def __init__(
+        self,
+        files: Sequence[InputFile],
+        settings: Settings,
+        tokenizer: Tokenizer,
+        folder: Path,
+        identity: dict[str, Any],
+        progress: journal.Progress,
+    ) -> None:
+        self._files, self._settings, self._tokenizer = files, settings, tokenizer
+        self._folder, self._identity, self._progress = folder, identity, progress
+        self._bad = progress.bad_records(settings.max_bad_records)
+
+    def make(self) -> dict[str, Manifest]:
+        """Read, tokenize, write, publish."""
+        settings, progress = self._settings, self._progress
+        with ExitStack() as stack:
+            staged = {
+                name: stack.enter_context(closing(self._staged(name)))
+                for name in (settings.split.names if settings.split else ("",))
+            }
+            total = sum(file.bytes for file in self._files)
+            line = stack.enter_context(
+                progress_line(total_bytes=total, done_bytes=progress.input_bytes)
+            )
+            self._write(staged, line)
+            manifests = {name: self._stage(name, dataset) for name, dataset in staged.items()}
+            for dataset in staged.values():
+                dataset.publish()
+        if self._bad.count:
+            places = "\n  ".join(self._bad.places)
+            _LOGGER.warning("left out %d bad records:\n  %s", self._bad.count, places)
+        return manifests
+
+    def _write(self, staged: dict[str, StagedDataset], line: ProgressLine) -> None:
+        """Every block in order; now and then the journal."""
+        saved_s = time.monotonic()
+        for encoded in self._encoded():
+            if encoded.difference is not None:
+                raise _Wrong(str(encoded.difference))
+            for name, (tokens, documents) in encoded.parts.items():
+                staged[name].append(tokens, documents)
+            self._progress.cursor = encoded.end
+            self._progress.checked += encoded.checked
+            self._progress.input_bytes += encoded.input_bytes
+            for record, reason in encoded.bad:
+                self._bad.add(f"{self._files[encoded.source].url}:{record}", reason)
+            self._progress.bad_count = self._bad.count
+            self._progress.bad_places = self._bad.places
+            line.advance(
+                documents=encoded.documents,
+                tokens=encoded.tokens,
+                input_bytes=encoded.input_bytes,
+            )
+            if time.monotonic() - saved_s >= _JOURNAL_S:
+                self._save(staged)
+                saved_s = time.monotonic()
+        for dataset in staged.values():
+            dataset.check_not_empty()
+        self._save(staged)
+
+    def _encoded(self) -> Iterator[EncodedBlock]:
+        """Encoded blocks in the order of the input; few are held at a time."""
+        settings = self._settings
+        work = Work(
+            tokenizer=settings.tokenizer,
+            exact=self._progress.exact,
+            text_key=settings.text_key,
+            kept=settings.kept,
+            split=settings.split,
+            append_eod=settings.append_eod,
+            max_record_bytes=settings.max_record_bytes,
+        )
+        pool = ProcessPoolExecutor(
+            settings.workers, multiprocessing.get_context("spawn"), worker.start, (work,)
+        )
+        waiting: deque[Future[EncodedBlock]] = deque()
+        try:
+            for block in self._blocks():
+                waiting.append(pool.submit(worker.encode, block))
+                if len(waiting) > 2 * settings.workers:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise ValueError(
+                "a tokenizing process died (killed, perhaps for want of memory); nothing was "
+                "published; run again with --resume, and fewer --workers if memory was short"
+            ) from None
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+    def _blocks(self) -> Iterator[Block]:
+        return read_blocks(
+            self._files,
+            columns=(self._settings.text_key, *self._settings.kept),
+            max_record_bytes=self._settings.max_record_bytes,
+            start=self._progress.cursor,
+        )
+
+    def _staged(self, name: str) -> StagedDataset:
+        prefix = self._settings.output_prefix
+        return StagedDataset(
+            self._folder / (name or "all"),
+            prefix=prefix.with_name(prefix.name + (f"_{name}" if name else "")),
+            vocab_size=self._tokenizer.vocab_size,
+            kept=self._settings.kept,
+            position=self._progress.positions.get(name),
+        )
+
+    def _save(self, staged: dict[str, StagedDataset]) -> None:
+        self._progress.positions = {name: dataset.position() for name, dataset in staged.items()}
+        journal.save(self._folder, self._progress, identity=self._identity)
+
+    def _stage(self, name: str, dataset: StagedDataset) -> Manifest:
+        split = self._settings.split
+        return dataset.stage(
+            min_tokens=self._settings.min_tokens,
+            append_eod=self._settings.append_eod,
+            made_by="preprocess",
+            split=name,
+            split_shares=str(split) if split else "",
+            split_salt=split.salt if split else "",
+            tokenizer_digest=self._tokenizer.digest,
+            eod=self._tokenizer.eod,
+            bad_records=self._bad.count,
+            sources=tuple(Source(path=f.url, bytes=f.bytes) for f in self._files),
+        )
+
+
+def _identity(
+    files: Sequence[InputFile], settings: Settings, tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """What must not change between a run that was killed and the one that goes on with it."""
+    return {
+        "--input": [[file.url, file.bytes] for file in files],
+        "--tokenizer": tokenizer.digest,
+        "--text-key": settings.text_key,
+        "--keep": list(settings.kept),
+        "--split": [str(settings.split), settings.split.salt] if settings.split else None,
+        "--no-append-eod": not settings.append_eod,
+        "--min-tokens": settings.min_tokens,
+        "--max-record-mb": settings.max_record_bytes,
+    }
+
+
+def _proved(files: Sequence[InputFile], settings: Settings, tokenizer: Tokenizer) -> bool:
+    """Whether a fast backend gives the exact ids for the first texts of some of the files."""
+    encoder, reason = fast_encoder(settings.tokenizer, tokenizer)
+    if encoder is None:
+        _LOGGER.warning("%s: using the exact tokenizer", reason)
+        return False
+    step = max(1, len(files) // _SAMPLED_FILES)
+    for source in range(0, len(files), step):
+        texts = _first_texts(files, source, settings)
+        wrong = difference(encoder, tokenizer, texts) if texts else None
+        if wrong is not None:
+            _LOGGER.warning("%s is wrong on %s: using the exact tokenizer", encoder.name, wrong)
+            return False
+    return True
+
+
+def _first_texts(files: Sequence[InputFile], source: int, settings: Settings) -> list[str]:
+    """About _SAMPLE_CHARS of a file's first texts."""
+    texts, chars = [], 0
+    blocks = read_blocks(
+        files[: source + 1],
+        columns=(settings.text_key, *settings.kept),
+        max_record_bytes=settings.max_record_bytes,
+        start=Cursor(source),
+    )
+    limit = settings.max_record_bytes
+    for block in blocks:
+        for record in texts_of(block, text_key=settings.text_key, kept=(), max_record_bytes=limit):
+            if record.text and len(record.text) <= MAX_CHECKED_CHARS:
+                texts.append(record.text)
+                chars += len(record.text)
+            if chars >= _SAMPLE_CHARS:
+                return texts
+    return texts

@@ -1,0 +1,175 @@
+"""One block of records to token ids: what a worker process does."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import xxhash
+
+from megatron_sip.data.indexed_files import dtype_of
+from megatron_sip.data.preprocess.blocks import Block, Cursor
+from megatron_sip.data.preprocess.encoders import (
+    CHECK_EVERY,
+    MAX_CHECKED_CHARS,
+    Difference,
+    Encoder,
+    ExactEncoder,
+    difference,
+    fast_encoder,
+)
+from megatron_sip.data.preprocess.texts import Text, texts_of
+from megatron_sip.data.provenance import batch_of
+from megatron_sip.data.splits import Split, split_of
+from megatron_sip.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Work:
+    """What all workers of a run share. Args: tokenizer: its file. exact: without a fast backend.
+    split: None for one dataset. The rest: as in `preprocess`."""
+
+    tokenizer: Path
+    exact: bool
+    text_key: str
+    kept: tuple[str, ...]
+    split: Split | None
+    append_eod: bool
+    max_record_bytes: int
+
+
+@dataclass(frozen=True)
+class EncodedBlock:
+    """A block's documents.
+
+    Args: end: where the next block begins. parts: by split, (dtype[T] token ids one document after
+          another, provenance). bad: (record, reason). documents, tokens, text_bytes, input_bytes,
+          checked: counts. difference: a text on which the fast backend was wrong.
+    """
+
+    source: int
+    end: Cursor
+    parts: dict[str, tuple[bytes, pa.RecordBatch]]
+    bad: tuple[tuple[int, str], ...]
+    documents: int
+    tokens: int
+    input_bytes: int
+    checked: int
+    difference: Difference | None
+
+
+class BlockEncoder:
+    """Encodes blocks with one tokenizer."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.tokenizer = Tokenizer.load(work.tokenizer)
+        fast = None if work.exact else fast_encoder(work.tokenizer, self.tokenizer)[0]
+        self.encoder: Encoder = fast or ExactEncoder(self.tokenizer)
+
+    def encode(self, block: Block) -> EncodedBlock:
+        """The documents of a block."""
+        work = self.work
+        records = list(
+            texts_of(
+                block,
+                text_key=work.text_key,
+                kept=work.kept,
+                max_record_bytes=work.max_record_bytes,
+            )
+        )
+        good = [r for r in records if not r.reason]
+        ids, counts = self.encoder.encode([r.text for r in good])
+        bad = [(r.record, r.reason) for r in records if r.reason]
+        bad += [(r.record, "gives no token") for r, n in zip(good, counts, strict=True) if not n]
+        good, counts = [r for r, n in zip(good, counts, strict=True) if n], counts[counts > 0]
+        digests = [xxhash.xxh3_64_intdigest(r.text.encode()) for r in good]
+        wrong, checked = self._check(good, digests)
+        documents = self._documents(ids, counts)
+        names = [split_of(r.text, work.split) if work.split else "" for r in good]
+        parts = {
+            name: self._part(block, good, digests, documents, [n == name for n in names])
+            for name in dict.fromkeys(names)
+        }
+        return EncodedBlock(
+            source=block.cursor.source,
+            end=block.end,
+            parts=parts,
+            bad=tuple(sorted(bad)),
+            documents=len(good),
+            tokens=sum(d.size for d in documents),
+            input_bytes=block.input_bytes,
+            checked=checked,
+            difference=wrong,
+        )
+
+    def _check(self, good: Sequence[Text], digests: Sequence[int]) -> tuple[Difference | None, int]:
+        """The fast backend against the exact one, on the texts whose turn it is."""
+        if isinstance(self.encoder, ExactEncoder):
+            return None, 0
+        chosen = [
+            r.text
+            for r, digest in zip(good, digests, strict=True)
+            if digest % CHECK_EVERY == 0 and len(r.text) <= MAX_CHECKED_CHARS
+        ]
+        return (difference(self.encoder, self.tokenizer, chosen) if chosen else None), len(chosen)
+
+    def _documents(self, ids: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
+        """dtype[T] of each document, its end-of-document id included."""
+        dtype, size = dtype_of(self.tokenizer.vocab_size), self.tokenizer.vocab_size
+        if ids.size and not 0 <= ids.min() <= ids.max() < size:
+            raise ValueError(
+                f"{self.encoder.name} gave ids {ids.min()}..{ids.max()}, outside [0, {size}); "
+                "the tokenizer's file contradicts itself"
+            )
+        if self.work.append_eod:
+            ends = np.cumsum(counts)
+            ids, counts = np.insert(ids, ends, self.tokenizer.eod), counts + 1
+        return np.split(ids.astype(dtype), np.cumsum(counts)[:-1]) if len(counts) else []
+
+    def _part(
+        self,
+        block: Block,
+        good: Sequence[Text],
+        digests: Sequence[int],
+        documents: Sequence[np.ndarray],
+        chosen: Sequence[bool],
+    ) -> tuple[bytes, pa.RecordBatch]:
+        """Token ids and provenance of the chosen documents."""
+        rows = [i for i, is_chosen in enumerate(chosen) if is_chosen]
+        columns = [
+            [block.cursor.source] * len(rows),
+            [good[i].record for i in rows],
+            [documents[i].size for i in rows],
+            [digests[i] for i in rows],
+            [xxhash.xxh3_64_intdigest(documents[i].data) for i in rows],
+            *([good[i].kept[k] for i in rows] for k in range(len(self.work.kept))),
+        ]
+        tokens = b"".join(documents[i].tobytes() for i in rows)
+        return tokens, batch_of(columns, self.work.kept)
+
+
+_ENCODER: BlockEncoder
+
+
+def start(work: Work) -> None:
+    """Make this process a worker; it ends when its parent does."""
+    global _ENCODER
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _ENCODER = BlockEncoder(work)
+
+
+def encode(block: Block) -> EncodedBlock:
+    """Encode a block in a worker."""
+    return _ENCODER.encode(block)
