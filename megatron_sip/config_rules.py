@@ -81,12 +81,8 @@ def _blends(c: Config) -> Iterator[tuple[bool, str]]:
         parts = getattr(c.data, split)
         if isinstance(parts, Path):
             continue
-        measures = [
-            tuple(
-                name for name in ("weight", "epochs", "tokens") if getattr(part, name) is not None
-            )
-            for part in parts
-        ]
+        names = ("weight", "epochs", "tokens")
+        measures = [tuple(n for n in names if getattr(part, n) is not None) for part in parts]
         yield bool(parts), f"data.{split} has no part; give one at least"
         yield (
             len(set(measures)) <= 1 and all(len(measure) == 1 for measure in measures),

@@ -125,6 +125,8 @@ def _data(config: Config) -> Iterator[str]:
             )
             if tokenizer:
                 corpus.check_tokenizer(tokenizer.digest, path=path)
+            for part in corpus.parts:
+                part.check_indexes()
         except ValueError as error:
             yield f"data.{split}: {error}"
     if tokenizer and tokenizer.vocab_size % tp:

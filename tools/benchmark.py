@@ -11,18 +11,22 @@ import json
 import sys
 
 HELP = """benchmarks:
+  dataset-start  first batch of 10^12 tokens in 10,000 files, and of 10^9 tokens against
+                 Megatron-Core's GPTDataset; ratios speedup, first_batch_s
   loss-head      log-probs block by block against Megatron-Core's logits and cross entropy;
                  ratios memory, time_h256, time_h2048
+  preprocess     text to .bin/.idx against a script of Megatron's form;
+                 ratios throughput_json, throughput_sentencepiece, memory_at_5x
   shared-prefix  the update on rows that share a prefix against padded rows;
                  ratios grpo_k16, dpo_pair (and _long), padded / shared
 
-Ratios of loss-head are ours / plain; times are medians of interleaved repetitions. Nothing else
-should run on
-the machine: a neighbour that takes the memory bandwidth shifts ratios, too."""
+Ratios of loss-head are ours / plain, all others plain / ours; times are medians of interleaved
+repetitions. Nothing else should run on the machine: a neighbour that takes the memory bandwidth
+shifts ratios, too."""
 
 
 def main() -> int:
-    from megatron_sip.benchmark import BENCHMARKS, text
+    from megatron_sip.benchmark import BENCHMARKS, run, text
 
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=HELP, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -30,7 +34,7 @@ def main() -> int:
     parser.add_argument("name", choices=BENCHMARKS, metavar="NAME", help="what to measure")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead")
     arguments = parser.parse_args()
-    found = BENCHMARKS[arguments.name]()
+    found = run(arguments.name)
     print(json.dumps(found) if arguments.json else text(found))
     return 0
 

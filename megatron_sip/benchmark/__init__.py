@@ -10,15 +10,15 @@ Times are interleaved, so that what else runs on the machine harms both sides al
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
-from megatron_sip.benchmark import loss_head, shared_prefix
+BENCHMARKS = ("dataset-start", "loss-head", "preprocess", "shared-prefix")
 
-BENCHMARKS: dict[str, Callable[[], dict[str, Any]]] = {
-    "loss-head": loss_head.run,
-    "shared-prefix": shared_prefix.run,
-}
+
+def run(name: str) -> dict[str, Any]:
+    """Measure one of BENCHMARKS; imports what it needs and no more."""
+    return import_module(f"megatron_sip.benchmark.{name.replace('-', '_')}").run()
 
 
 def text(found: dict[str, Any]) -> str:

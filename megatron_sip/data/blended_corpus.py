@@ -14,7 +14,7 @@ from megatron_sip.data.storage import expand_prefixes
 
 @dataclass(frozen=True)
 class BlendedCorpus:
-    """Parts and how many samples of each come in a block. Args: counts: none 0."""
+    """Parts and how many samples of each come in a round. Args: counts: none 0."""
 
     parts: tuple[Corpus, ...]
     counts: tuple[int, ...]
@@ -43,9 +43,10 @@ class BlendedCorpus:
         """Number of a part's document among those of all parts."""
         return sum(corpus.num_documents for corpus in self.parts[:part]) + document
 
-    def blend(self, seed: int) -> Blend:
-        """The order of the parts under a seed."""
-        return Blend(self.counts, seed)
+    @property
+    def blend(self) -> Blend:
+        """The order of the parts."""
+        return Blend(self.counts)
 
     def identity(self, split: str) -> dict[str, str]:
         """What a checkpoint keeps, to refuse other data: a digest or fact by its name."""
@@ -86,7 +87,7 @@ def open_corpus(
 
 
 def _counts(source: Sequence[BlendPart], parts: Sequence[Corpus]) -> tuple[int, ...]:
-    """Samples of each part in a block, by the measure that the recipe gives."""
+    """Samples of each part in a round, by the measure that the recipe gives."""
     eligible = [part.num_eligible for part in parts]
     weights = [part.weight for part in source if part.weight is not None]
     if weights:

@@ -21,12 +21,12 @@ from megatron_sip.data.document_mask import (
     mask_of,
 )
 from megatron_sip.data.indexed_dataset import IndexedDataset
-from megatron_sip.data.indexed_files import check_files, check_sizes, check_tokenizer
+from megatron_sip.data.indexed_files import check_index_digest, check_sizes, check_tokenizer
 from megatron_sip.data.manifest import Manifest, load_manifest
 from megatron_sip.data.storage import local_part
 
 OPEN_FILES = 64  # datasets, three files each
-CHECKED_BYTES = 1 << 26  # of indexes: so many are checked whole at the start, more on first use
+CHECKED_BYTES = 1 << 26  # of indexes that `check_indexes` reads
 _SHARED = ("tokenizer_digest", "vocab_size", "eod", "append_eod")
 
 
@@ -55,17 +55,13 @@ class Corpus:
         self._open: OrderedDict[int, tuple[IndexedDataset, DocumentMask]] = OrderedDict()
         self._made: dict[int, DocumentMask] = {}
         documents, eligible = [0], [0]
-        digest, self.tokens, index_bytes = hashlib.sha256(), 0, 0
+        digest, self.tokens = hashlib.sha256(), 0
         first: Manifest | None = None
         for file, prefix in enumerate(self.prefixes):
             manifest = load_manifest(local_part(prefix, ".manifest.json", cache_dir=cache_dir))
             first = first or manifest
             self._check_alike(prefix, manifest, first)
-            index_bytes += manifest.idx_bytes
-            if index_bytes <= CHECKED_BYTES:
-                check_files(prefix, cache_dir=cache_dir)
-            else:
-                check_sizes(prefix, manifest, cache_dir=cache_dir)
+            check_sizes(prefix, manifest, cache_dir=cache_dir)
             header = self._header(file, manifest)
             documents.append(documents[-1] + manifest.documents)
             eligible.append(eligible[-1] + header.selected)
@@ -99,6 +95,20 @@ class Corpus:
     def check_tokenizer(self, digest: str, *, path: Path) -> None:
         """Raises: ValueError if the data was made with another tokenizer than that at `path`."""
         check_tokenizer(self.prefixes[0], self._first, digest=digest, path=path)
+
+    def check_indexes(self) -> None:
+        """Read the first CHECKED_BYTES of `.idx` files whole.
+
+        Raises: ValueError if the digest of one is not its manifest's.
+        """
+        left = CHECKED_BYTES
+        for prefix in self.prefixes:
+            path = local_part(prefix, ".manifest.json", cache_dir=self._cache_dir)
+            manifest = load_manifest(path)
+            left -= manifest.idx_bytes
+            if left < 0:
+                return
+            check_index_digest(prefix, manifest, cache_dir=self._cache_dir)
 
     def eligible_document(self, place: int) -> int:
         """Number of the eligible document at a place in [0, num_eligible)."""

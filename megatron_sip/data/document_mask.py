@@ -21,6 +21,7 @@ import numpy as np
 import xxhash
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from megatron_sip.data.storage import map_file
 from megatron_sip.publish import atomic_file
 
 _MAGIC = b"SIPMASK1"
@@ -159,7 +160,7 @@ def load_mask(path: Path) -> DocumentMask:
     """
     header, start = _load_header(path)
     blocks = -(-header.documents // _BLOCK)
-    mapped = np.memmap(path, "<u8", mode="r", offset=start, shape=(9 * blocks + 1,))
+    mapped = map_file(path)[start:].view("<u8")
     mask = DocumentMask(header, mapped[: blocks + 1], mapped[blocks + 1 :])
     if _payload_digest(mask.directory, mask.words) != header.payload_xxh3_128:
         raise ValueError(f"{path}: the bitmap was altered (digest); {_REMEDY}")

@@ -15,12 +15,13 @@ from megatron_sip.data.indexed_files import (
     HEADER,
     REMEDY,
     IndexHeader,
-    check_files,
+    check_headers,
+    check_index_digest,
     check_tokenizer,
     read_header,
 )
 from megatron_sip.data.manifest import Manifest, file_digest
-from megatron_sip.data.storage import local_part, open_bytes
+from megatron_sip.data.storage import local_part, map_file, open_bytes
 
 _READ_BYTES = 1 << 24
 
@@ -34,7 +35,7 @@ class IndexArrays:
 
     def __init__(self, path: Path, header: IndexHeader) -> None:
         s, start = header.sequences, HEADER.size
-        data = np.memmap(path, np.uint8, mode="r")
+        data = map_file(path)
         self.lengths = data[start : start + 4 * s].view("<i4")
         self.pointers = data[start + 4 * s : start + 12 * s].view("<i8")
         self.borders = data[start + 12 * s :].view("<i8")
@@ -54,12 +55,12 @@ class IndexedDataset:
     Args:   prefix: path or fsspec URL without `.bin`. cache_dir: folder for the small parts of a
             URL's dataset.
     Raises: ValueError naming file, sizes and remedy if a part is missing, truncated or altered.
-            `.bin` is checked by size alone; `tools/dataset.py verify` reads it whole.
+            Their bytes are not read: `tools/dataset.py verify` does.
     """
 
     def __init__(self, prefix: str | Path, *, cache_dir: Path | None = None) -> None:
         self.prefix = prefix
-        self.manifest: Manifest = check_files(prefix, cache_dir=cache_dir)
+        self.manifest: Manifest = check_headers(prefix, cache_dir=cache_dir)
         self.num_documents: int = self.manifest.documents
         self.dtype = np.dtype(self.manifest.dtype)
         index = local_part(prefix, ".idx", cache_dir=cache_dir)
@@ -127,8 +128,12 @@ class IndexedDataset:
         return np.frombuffer(data, self.dtype)
 
 
-def verify_digest(dataset: IndexedDataset) -> None:
-    """Read a local `.bin` whole. Raises: ValueError if its digest is not the manifest's."""
+def verify_digests(dataset: IndexedDataset) -> None:
+    """Read a local `.idx` and `.bin` whole.
+
+    Raises: ValueError if the digest of one is not the manifest's.
+    """
+    check_index_digest(dataset.prefix, dataset.manifest, cache_dir=None)
     path = local_part(dataset.prefix, ".bin", cache_dir=None)
     found = file_digest(path)
     if found != dataset.manifest.bin_xxh3_128:

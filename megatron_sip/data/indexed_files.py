@@ -91,25 +91,40 @@ def check_sizes(prefix: str | Path, manifest: Manifest, *, cache_dir: Path | Non
             )
 
 
+def check_index_digest(prefix: str | Path, manifest: Manifest, *, cache_dir: Path | None) -> None:
+    """Read `.idx` whole. Raises: ValueError if its digest is not the manifest's."""
+    index = local_part(prefix, ".idx", cache_dir=cache_dir)
+    if file_digest(index) != manifest.idx_xxh3_128:
+        raise ValueError(f"{index} has another digest than its manifest says; {REMEDY}")
+
+
 def check_files(prefix: str | Path, *, cache_dir: Path | None = None) -> Manifest:
     """Sizes, index header and index digest.
 
     Args:   prefix: path or URL without `.bin`.
     Raises: ValueError naming file, sizes and remedy if a part is missing, truncated or altered.
-            `.bin` is checked by size alone; `verify` reads it whole.
+            `.bin` is checked by size alone; `tools/dataset.py verify` reads it whole.
+    """
+    manifest = check_headers(prefix, cache_dir=cache_dir)
+    check_index_digest(prefix, manifest, cache_dir=cache_dir)
+    return manifest
+
+
+def check_headers(prefix: str | Path, *, cache_dir: Path | None = None) -> Manifest:
+    """What can be checked without reading a file whole: sizes, and the index's header.
+
+    Raises: ValueError naming file, sizes and remedy if a part is missing, truncated or not what the
+            manifest says.
     """
     manifest = load_manifest(local_part(prefix, ".manifest.json", cache_dir=cache_dir))
     check_sizes(prefix, manifest, cache_dir=cache_dir)
     index = local_part(prefix, ".idx", cache_dir=cache_dir)
-    if file_digest(index) != manifest.idx_xxh3_128:
-        raise ValueError(f"{index} has another digest than its manifest says; {REMEDY}")
     header = read_header(index)
-    dtype = header.dtype
-    if (dtype.name, header.documents) != (manifest.dtype, manifest.documents) or (
-        manifest.tokens * dtype.itemsize != manifest.bin_bytes
+    if (header.dtype.name, header.documents) != (manifest.dtype, manifest.documents) or (
+        manifest.tokens * header.dtype.itemsize != manifest.bin_bytes
     ):
         raise ValueError(
-            f"{index} says {header.documents} documents of {dtype.name}, its manifest "
+            f"{index} says {header.documents} documents of {header.dtype.name}, its manifest "
             f"{manifest.documents} of {manifest.dtype} and {manifest.tokens} tokens in "
             f"{manifest.bin_bytes} data bytes; {REMEDY}"
         )

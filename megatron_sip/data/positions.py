@@ -17,9 +17,9 @@ from megatron_sip.data.tokenizer import Tokenizer
 class Use:
     """A document in a step.
 
-    Args: step: from 1, as metrics.jsonl counts. position: of the sample in the step's batch. prefix: dataset. document:
-          number in it. cut: index of the first suffix token. source: file and record that the
-          document came from, "" where that is not known.
+    Args: step: from 1, as metrics.jsonl counts. position: of the sample in the step's batch.
+          prefix: dataset. document: number in it. cut: index of the first suffix token.
+          source: file and record that the document came from, "" where that is not known.
     """
 
     step: int
@@ -76,10 +76,8 @@ def where(config: Config, prefix: str, document: int) -> list[Use]:
         if prefix not in part.prefixes:
             continue
         file = part.prefixes.index(prefix)
-        samples = sampler.samples_of(
-            number, part.number_of(file, document), passes=-(-last // part.num_eligible)
-        )
-        found += [_use(config, corpus, sampler, i) for i in samples if i < last]
+        samples = sampler.samples_of(number, part.number_of(file, document), last=last)
+        found += [_use(config, corpus, sampler, i) for i in samples]
     if not any(prefix in part.prefixes for part in corpus.parts):
         names = [p for part in corpus.parts for p in part.prefixes]
         raise ValueError(

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -36,8 +37,24 @@ def schema_of(kept: Sequence[str] = ()) -> pa.Schema:
 def batch_of(columns: Sequence[Any], kept: Sequence[str] = ()) -> pa.RecordBatch:
     """Rows from columns in the order of `schema_of`."""
     schema = schema_of(kept)
-    arrays = [pa.array(c, field.type) for c, field in zip(columns, schema, strict=True)]
+    arrays = [_array(c, field.type) for c, field in zip(columns, schema, strict=True)]
     return pa.record_batch(arrays, schema=schema)
+
+
+def numbers(column: pa.Array) -> np.ndarray:
+    """A column of numbers without a copy; `to_numpy` would import pandas."""
+    dtype = np.dtype(column.type.to_pandas_dtype())
+    whole = np.frombuffer(column.buffers()[1], dtype)
+    return whole[column.offset : column.offset + len(column)]
+
+
+def _array(values: Any, kind: Any) -> pa.Array:
+    """A column. Numbers go by their buffer, since pa.array imports pandas, which takes longer than
+    the work of a short-lived process."""
+    if kind == pa.string():
+        return pa.array(values, kind)
+    numbers = np.asarray(values, kind.to_pandas_dtype())
+    return pa.Array.from_buffers(kind, len(numbers), [None, pa.py_buffer(numbers)])
 
 
 def stream_batches(path: Path) -> Iterator[pa.RecordBatch]:

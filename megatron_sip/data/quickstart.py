@@ -6,7 +6,7 @@ import importlib.util
 import shutil
 from pathlib import Path
 
-from megatron_sip.data.indexed_dataset import IndexedDataset, verify_digest
+from megatron_sip.data.indexed_dataset import IndexedDataset, verify_digests
 from megatron_sip.data.manifest import Manifest
 from megatron_sip.data.preprocess.bad_records import BadRecords
 from megatron_sip.data.preprocess.documents import read_documents
@@ -36,7 +36,7 @@ def _present(output: Path, *, total_bytes: int) -> dict[str, Manifest]:
     for name in SPLIT.names:
         dataset = IndexedDataset(output / f"sotu_{name}")
         dataset.check_tokenizer(tokenizer.digest, path=output / "tokenizer.model")
-        verify_digest(dataset)
+        verify_digests(dataset)
         manifest = manifests[name] = dataset.manifest
         made_of = (sum(s.bytes for s in manifest.sources), manifest.vocab_size)
         made_by = (manifest.split_shares, manifest.split_salt)

@@ -78,7 +78,7 @@ class PrefixSuffixSampler:
                     f"prefix and suffix need {shortest}"
                 )
         self._corpus = corpus
-        self._blend = corpus.blend(seed)
+        self._blend = corpus.blend
         self._prefix_tokens = prefix_tokens
         self._min_prefix_tokens = min_prefix_tokens
         self._suffix_tokens = suffix_tokens
@@ -100,8 +100,8 @@ class PrefixSuffixSampler:
         place = permute(position, size=corpus.num_eligible, key=self._order_key(part, number))
         return Origin(part, number, corpus.eligible_document(place))
 
-    def samples_of(self, part: int, document: int, *, passes: int) -> list[int]:
-        """The samples that a document gives in the first `passes` passes over its part.
+    def samples_of(self, part: int, document: int, *, last: int) -> list[int]:
+        """Those of the samples before `last` that a document gives, in order.
 
         Raises: ValueError if there is no such document. A document that is not eligible gives none.
         """
@@ -110,10 +110,12 @@ class PrefixSuffixSampler:
         if place is None:
             return []
         size = corpus.num_eligible
+        passes = -(-self._blend.before(last)[part] // size)
         positions = (
             unpermute(place, size=size, key=self._order_key(part, n)) for n in range(passes)
         )
-        return [self._blend.index(part, n * size + p) for n, p in enumerate(positions)]
+        found = (self._blend.index(part, n * size + p) for n, p in enumerate(positions))
+        return [i for i in found if i < last]
 
     def __getitem__(self, i: int) -> SipSample:
         """Sample i >= 0: prefix int32[min_prefix_tokens..prefix_tokens], suffix int32[N]."""

@@ -23,6 +23,7 @@ from megatron_sip.data.indexed_files import CODES, HEADER, MAGIC, dtype_of
 from megatron_sip.data.manifest import PARTS, Manifest, file_digest, part_path
 from megatron_sip.data.provenance import (
     batch_of,
+    numbers,
     row_groups,
     schema_of,
     stream_batches,
@@ -113,7 +114,8 @@ class StagedDataset:
         index_digest = file_digest(index)
         shortest = min_tokens + int(append_eod)
         tables = row_groups(self._stream_path)  # of a multiple of 8 rows, but for the last
-        bits = [np.packbits(t["tokens"].to_numpy() >= shortest, bitorder="little") for t in tables]
+        lengths = (numbers(table["tokens"].chunk(0)) for table in tables)
+        bits = [np.packbits(found >= shortest, bitorder="little") for found in lengths]
         mask_of_bits(
             np.concatenate(bits),
             documents=self.documents,
@@ -194,7 +196,7 @@ def _lengths(stream: Path) -> Iterator[np.ndarray]:
     """int32[D]: tokens of each document, batch by batch; no batch is empty."""
     for batch in stream_batches(stream):
         if len(batch):
-            yield batch.column("tokens").to_numpy()
+            yield numbers(batch.column("tokens"))
 
 
 def _reopen(path: Path, size: int | None) -> Any:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import mmap
 import os
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 
 from megatron_sip.data.manifest import part_path
 from megatron_sip.publish import atomic_write
@@ -46,7 +48,7 @@ def local_part(prefix: str | Path, suffix: str, *, cache_dir: Path | None) -> Pa
     Raises: ValueError if there is no cache or the part cannot be read.
     """
     if not is_url(prefix):
-        return part_path(Path(prefix), suffix)
+        return Path(f"{prefix}{suffix}")
     if cache_dir is None:
         raise ValueError(
             f"{prefix} is in an object store; give data.cache_dir, a folder on a local disk for "
@@ -64,6 +66,12 @@ def local_part(prefix: str | Path, suffix: str, *, cache_dir: Path | None) -> Pa
     except OSError as error:
         raise ValueError(f"{url} cannot be read ({error or type(error).__name__})") from None
     return path
+
+
+def map_file(path: Path) -> np.ndarray:
+    """uint8[bytes]: a file, memory-mapped and read-only; `np.memmap` takes five times longer."""
+    with open(path, "rb") as stream:
+        return np.frombuffer(mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
 
 
 class LocalBytes:

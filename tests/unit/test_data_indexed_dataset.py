@@ -12,7 +12,7 @@ from data_helpers import FACTS, stage, write_dataset
 from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
 from megatron.core.datasets.indexed_dataset import IndexedDataset as MegatronDataset
 
-from megatron_sip.data.indexed_dataset import IndexedDataset, verify_digest
+from megatron_sip.data.indexed_dataset import IndexedDataset, verify_digests
 from megatron_sip.data.manifest import PARTS
 from megatron_sip.data.staged_dataset import StagedDataset, provenance_of
 
@@ -112,16 +112,26 @@ def test_missing_and_truncated_files_name_file_and_sizes(tmp_path: Path, suffix:
 
 def test_altered_bytes_are_found(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "d", DOCUMENTS)
-    verify_digest(dataset)
-    for suffix in (".bin", ".idx"):
+    verify_digests(dataset)
+    for suffix, message in ((".bin", r"d\.bin has digest"), (".idx", r"d\.idx has another")):
         path = tmp_path / f"d{suffix}"
-        data = bytearray(path.read_bytes())
-        data[-1] ^= 1
-        path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"d\.bin has digest"):
-        verify_digest(dataset)
-    with pytest.raises(ValueError, match=r"d\.idx has another digest"):
-        IndexedDataset(tmp_path / "d")
+        good = path.read_bytes()
+        path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        with pytest.raises(ValueError, match=message):
+            verify_digests(dataset)
+        path.write_bytes(good)
+
+
+def test_an_index_that_points_out_of_the_data_is_not_followed(tmp_path: Path) -> None:
+    write_dataset(tmp_path / "d", DOCUMENTS)
+    path = tmp_path / "d.idx"
+    content = bytearray(path.read_bytes())
+    content[34 + 3 * 4 + 8 : 34 + 3 * 4 + 16] = (10**9).to_bytes(8, "little")  # second pointer
+    path.write_bytes(content)
+    dataset = IndexedDataset(tmp_path / "d")
+    assert dataset.document(0).tolist() == DOCUMENTS[0]
+    with pytest.raises(ValueError, match=r"document 1 lies at bytes 1000000000\.\."):
+        dataset.document(1)
 
 
 def test_manifest_of_another_schema_or_with_unknown_keys_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -88,11 +88,19 @@ class GigatokenEncoder:
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         special = self._tokenizer.special_texts
-        lists = self._fast.encode_batch_list(list(texts), parallel=False)
-        for i, text in enumerate(texts):
-            if any(s in text for s in special):
-                lists[i] = self._tokenizer.encode(text)
-        return _joined(lists)
+        plain = [text for text in texts if not any(s in text for s in special)]
+        layout: Any = self._fast.encode_batch(plain, parallel=False).layout
+        offsets = layout.offsets.data
+        ids, counts = layout.content.data[offsets[0] : offsets[-1]], np.diff(offsets)
+        if len(plain) == len(texts):
+            return ids, counts
+        found = iter(np.split(ids, np.cumsum(counts)[:-1]) if plain else ())
+        return _joined(
+            [
+                self._tokenizer.encode(text) if any(s in text for s in special) else next(found)
+                for text in texts
+            ]
+        )
 
 
 def fast_encoder(path: Path, tokenizer: Tokenizer) -> tuple[Encoder | None, str]:
@@ -125,7 +133,7 @@ def difference(encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str]) -> 
     return None
 
 
-def _joined(lists: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+def _joined(lists: Sequence[Sequence[int] | np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     counts = np.array([len(ids) for ids in lists], np.int64)
     parts = [np.asarray(ids, np.int64) for ids in lists]
     return (np.concatenate(parts) if parts else np.zeros(0, np.int64)), counts

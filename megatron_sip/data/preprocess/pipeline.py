@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from megatron_sip.data.manifest import Manifest, Source
 from megatron_sip.data.preprocess import journal, worker
 from megatron_sip.data.preprocess.blocks import Block, Cursor, read_blocks
-from megatron_sip.data.preprocess.encoders import MAX_CHECKED_CHARS, difference, fast_encoder
+from megatron_sip.data.preprocess.encoders import MAX_CHECKED_CHARS
 from megatron_sip.data.preprocess.inputs import InputFile, expand_inputs
 from megatron_sip.data.preprocess.progress_line import ProgressLine, progress_line
 from megatron_sip.data.preprocess.texts import texts_of
@@ -30,7 +30,7 @@ from megatron_sip.data.splits import Split
 from megatron_sip.data.staged_dataset import StagedDataset
 from megatron_sip.data.tokenizer import Tokenizer
 
-_JOURNAL_S = 2.0
+_JOURNAL_S = 5.0
 _SAMPLED_FILES, _SAMPLE_CHARS = 8, 1 << 17  # of the proof before the run; characters of each file
 _LOGGER = logging.getLogger(__name__)
 
@@ -81,19 +81,43 @@ def preprocess(inputs: Sequence[str], settings: Settings) -> dict[str, Manifest]
     identity = _identity(files, settings, tokenizer)
     with journal.working_folder(settings.output_prefix, resume=settings.resume) as folder:
         progress = journal.load(folder, identity=identity) or journal.Progress(exact=settings.exact)
-        if not progress.exact:
-            progress.exact = not _proved(files, settings, tokenizer)
         while True:
-            run = _Run(files, settings, tokenizer, folder, identity, progress)
-            try:
-                return run.make()
-            except _Wrong as error:
-                _LOGGER.warning(
-                    "the fast backend is wrong on %s; beginning anew with the exact tokenizer",
-                    error,
-                )
-                (folder / "journal.json").unlink(missing_ok=True)
-                progress = journal.Progress(exact=True)
+            with _pool(settings, exact=progress.exact) as pool:
+                try:
+                    if not progress.exact:
+                        _prove(files, settings, pool)
+                    return _Run(files, settings, tokenizer, folder, identity, progress, pool).make()
+                except _Wrong as error:
+                    _LOGGER.warning("%s; beginning anew with the exact tokenizer", error)
+                    (folder / "journal.json").unlink(missing_ok=True)
+                    progress = journal.Progress(exact=True)
+
+
+@contextmanager
+def _pool(settings: Settings, *, exact: bool) -> Iterator[ProcessPoolExecutor]:
+    """Tokenizing processes, which load their tokenizer at once. Raises: ValueError if one dies."""
+    work = Work(
+        tokenizer=settings.tokenizer,
+        exact=exact,
+        text_key=settings.text_key,
+        kept=settings.kept,
+        split=settings.split,
+        append_eod=settings.append_eod,
+        max_record_bytes=settings.max_record_bytes,
+    )
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(settings.workers, context, worker.start, (work,))
+    try:
+        for _ in range(settings.workers):
+            pool.submit(worker.why_exact)  # starts a process
+        yield pool
+    except BrokenProcessPool:
+        raise ValueError(
+            "a tokenizing process died (killed, perhaps for want of memory); nothing was "
+            "published; run again with --resume, and fewer --workers if memory was short"
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 class _Run:
@@ -107,9 +131,11 @@ class _Run:
         folder: Path,
         identity: dict[str, Any],
         progress: journal.Progress,
+        pool: ProcessPoolExecutor,
     ) -> None:
         self._files, self._settings, self._tokenizer = files, settings, tokenizer
         self._folder, self._identity, self._progress = folder, identity, progress
+        self._pool = pool
         self._bad = progress.bad_records(settings.max_bad_records)
 
     def make(self) -> dict[str, Manifest]:
@@ -138,7 +164,7 @@ class _Run:
         saved_s = time.monotonic()
         for encoded in self._encoded():
             if encoded.difference is not None:
-                raise _Wrong(str(encoded.difference))
+                raise _Wrong(f"the fast tokenizer is wrong on {encoded.difference}")
             for name, (tokens, documents) in encoded.parts.items():
                 staged[name].append(tokens, documents)
             self._progress.cursor = encoded.end
@@ -162,34 +188,13 @@ class _Run:
 
     def _encoded(self) -> Iterator[EncodedBlock]:
         """Encoded blocks in the order of the input; few are held at a time."""
-        settings = self._settings
-        work = Work(
-            tokenizer=settings.tokenizer,
-            exact=self._progress.exact,
-            text_key=settings.text_key,
-            kept=settings.kept,
-            split=settings.split,
-            append_eod=settings.append_eod,
-            max_record_bytes=settings.max_record_bytes,
-        )
-        pool = ProcessPoolExecutor(
-            settings.workers, multiprocessing.get_context("spawn"), worker.start, (work,)
-        )
         waiting: deque[Future[EncodedBlock]] = deque()
-        try:
-            for block in self._blocks():
-                waiting.append(pool.submit(worker.encode, block))
-                if len(waiting) > 2 * settings.workers:
-                    yield waiting.popleft().result()
-            while waiting:
+        for block in self._blocks():
+            waiting.append(self._pool.submit(worker.encode, block))
+            if len(waiting) > 2 * self._settings.workers:
                 yield waiting.popleft().result()
-        except BrokenProcessPool:
-            raise ValueError(
-                "a tokenizing process died (killed, perhaps for want of memory); nothing was "
-                "published; run again with --resume, and fewer --workers if memory was short"
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        while waiting:
+            yield waiting.popleft().result()
 
     def _blocks(self) -> Iterator[Block]:
         return read_blocks(
@@ -245,20 +250,20 @@ def _identity(
     }
 
 
-def _proved(files: Sequence[InputFile], settings: Settings, tokenizer: Tokenizer) -> bool:
-    """Whether a fast backend gives the exact ids for the first texts of some of the files."""
-    encoder, reason = fast_encoder(settings.tokenizer, tokenizer)
-    if encoder is None:
+def _prove(files: Sequence[InputFile], settings: Settings, pool: ProcessPoolExecutor) -> None:
+    """Whether the fast backend gives the exact ids for the first texts of some of the files.
+
+    Raises: _Wrong with the text on which it does not.
+    """
+    sampled = range(0, len(files), max(1, len(files) // _SAMPLED_FILES))
+    proofs = [pool.submit(worker.prove, _first_texts(files, i, settings)) for i in sampled]
+    reason = pool.submit(worker.why_exact).result()
+    if reason:
         _LOGGER.warning("%s: using the exact tokenizer", reason)
-        return False
-    step = max(1, len(files) // _SAMPLED_FILES)
-    for source in range(0, len(files), step):
-        texts = _first_texts(files, source, settings)
-        wrong = difference(encoder, tokenizer, texts) if texts else None
+    for proof in proofs:
+        wrong = proof.result()
         if wrong is not None:
-            _LOGGER.warning("%s is wrong on %s: using the exact tokenizer", encoder.name, wrong)
-            return False
-    return True
+            raise _Wrong(f"the fast tokenizer is wrong on {wrong}")
 
 
 def _first_texts(files: Sequence[InputFile], source: int, settings: Settings) -> list[str]:

@@ -71,7 +71,9 @@ class BlockEncoder:
     def __init__(self, work: Work) -> None:
         self.work = work
         self.tokenizer = Tokenizer.load(work.tokenizer)
-        fast = None if work.exact else fast_encoder(work.tokenizer, self.tokenizer)[0]
+        fast, self.why_exact = None, ""
+        if not work.exact:
+            fast, self.why_exact = fast_encoder(work.tokenizer, self.tokenizer)
         self.encoder: Encoder = fast or ExactEncoder(self.tokenizer)
 
     def encode(self, block: Block) -> EncodedBlock:
@@ -110,16 +112,20 @@ class BlockEncoder:
             difference=wrong,
         )
 
+    def compare(self, texts: Sequence[str]) -> Difference | None:
+        """First text on which the fast backend is wrong."""
+        if not texts or isinstance(self.encoder, ExactEncoder):
+            return None
+        return difference(self.encoder, self.tokenizer, texts)
+
     def _check(self, good: Sequence[Text], digests: Sequence[int]) -> tuple[Difference | None, int]:
         """The fast backend against the exact one, on the texts whose turn it is."""
-        if isinstance(self.encoder, ExactEncoder):
-            return None, 0
         chosen = [
             r.text
             for r, digest in zip(good, digests, strict=True)
             if digest % CHECK_EVERY == 0 and len(r.text) <= MAX_CHECKED_CHARS
         ]
-        return (difference(self.encoder, self.tokenizer, chosen) if chosen else None), len(chosen)
+        return self.compare(chosen), len(chosen)
 
     def _documents(self, ids: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
         """dtype[T] of each document, its end-of-document id included."""
@@ -168,6 +174,16 @@ def start(work: Work) -> None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _ENCODER = BlockEncoder(work)
+
+
+def why_exact() -> str:
+    """Why no fast backend is used though one was asked for, "" if one is."""
+    return _ENCODER.why_exact
+
+
+def prove(texts: Sequence[str]) -> Difference | None:
+    """The fast backend against the exact one."""
+    return _ENCODER.compare(texts)
 
 
 def encode(block: Block) -> EncodedBlock:
