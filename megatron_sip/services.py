@@ -112,7 +112,7 @@ def connect(
         novelty = Novelty(pair_frequencies(train), tokenizer.eod)
     if config.rewriter:
         used.add(config.rewriter.server)
-    models = {name: _served_model(config, name, endpoints[name]) for name in used}
+    models = {name: served_model(config, name, endpoints[name]) for name in used}
 
     def prefix_text(sample: SipSample, num_tokens: int) -> str:
         return tokenizer.decode(sample.prefix_ids[-num_tokens:])
@@ -140,7 +140,8 @@ def connect(
     return Services(engine, make_judge(criteria), make_judge([evaluation]), rewriter)
 
 
-def _served_model(config: Config, name: str, endpoint: Endpoint) -> ServedModel:
+def served_model(config: Config, name: str, endpoint: Endpoint) -> ServedModel:
+    """A text server of the recipe with its tokenizer and what names its weights."""
     server = config.servers[name]
     if isinstance(server, ConnectServer):
         return ServedModel(endpoint, JudgeTokenizer(server.tokenizer), server.model)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from tiny_run import NTP, SIP
 
+from megatron_sip.data.positions import when, where
 from megatron_sip.explain.flops import forward_flops, training_flops
 from megatron_sip.explain.plan import describe_platform
 from megatron_sip.explain.shapes import policy_shape
@@ -97,6 +98,20 @@ def test_pools_of_every_step_are_committed_and_whole(improved):
             assert len({tuple(c.token_ids) for c in rollouts}) > 1  # each child has its seed
             assert record.rewards.valid.all() and np.isfinite(record.rewards.total).all()
             assert {pick.role for pick in record.picks} >= {"chosen", "rejected"}
+
+
+def test_the_documents_of_a_step_can_be_told_before_and_after_it(improved):
+    config = load_config(improved.run_dir / "config.toml")
+    for step in range(STEPS):
+        records = read_pools(improved.run_dir / "pools", step, dp_rank=0, dp_size=1)
+        samples = [r.pool.sample for r in records]
+        uses = when(config, step + 1)
+        assert [(u.position, u.document, u.cut) for u in uses] == [
+            (r.position, s.document_id, s.cut) for r, s in zip(records, samples, strict=True)
+        ]
+        assert all(use.source.endswith(".txt:1") for use in uses)
+        for use in uses:
+            assert use in where(config, use.prefix, use.document)
 
 
 def test_summary_is_complete_and_the_saved_recipe_loads_back(improved):

@@ -1,0 +1,1 @@
+"""Masks: which documents of a dataset to train on, chosen by their text."""
