@@ -86,8 +86,9 @@ class DocumentMask:
         return int(self.directory[block]) + int(bits[:inside].sum())
 
     def __contains__(self, document: int) -> bool:
-        word = int(self.words[document // 64])
-        return 0 <= document < self.header.documents and bool(word >> document % 64 & 1)
+        if not 0 <= document < self.header.documents:
+            return False
+        return bool(int(self.words[document // 64]) >> document % 64 & 1)
 
     def members(self) -> np.ndarray:
         """bool[documents]."""

@@ -1,0 +1,1 @@
+"""Work on indexed datasets that exist: inspect, verify, merge, split, adopt."""
