@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from megatron_sip.data.preprocess.pipeline import Settings, preprocess
+from megatron_sip.data.preprocess.processes import begin
 from megatron_sip.data.splits import DEFAULT_SALT, parse_split
 
 EXAMPLE = """example: data/corpus_train.*, _validation.* and _test.*, parted by a hash of the text
@@ -54,6 +54,9 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
+    begin()
+    from megatron_sip.data.preprocess.pipeline import Settings, preprocess  # while it starts
+
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         if args.workers < 1 or args.min_tokens < 1 or args.max_record_mb < 1:

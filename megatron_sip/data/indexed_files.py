@@ -15,13 +15,7 @@ HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, docu
 MAGIC = b"MMIDIDX\x00\x00"
 DTYPES = {4: np.dtype(np.int32), 8: np.dtype(np.uint16)}  # Megatron's codes of those we write
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-UINT16_LIMIT = 65_500  # Megatron-Core's own: larger vocabularies get int32
 REMEDY = "make the dataset again with tools/preprocess_data.py"
-
-
-def dtype_of(vocab_size: int) -> np.dtype:
-    """Type of token ids in `.bin`, as Megatron-Core's `DType.optimal_dtype` chooses it."""
-    return np.dtype(np.uint16 if vocab_size < UINT16_LIMIT else np.int32)
 
 
 @dataclass(frozen=True)

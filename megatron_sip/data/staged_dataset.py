@@ -19,7 +19,7 @@ import pyarrow as pa
 import xxhash
 
 from megatron_sip.data.document_mask import mask_of_bits
-from megatron_sip.data.indexed_files import CODES, HEADER, MAGIC, dtype_of
+from megatron_sip.data.indexed_files import CODES, HEADER, MAGIC
 from megatron_sip.data.manifest import PARTS, Manifest, file_digest, part_path
 from megatron_sip.data.provenance import (
     batch_of,
@@ -29,6 +29,7 @@ from megatron_sip.data.provenance import (
     stream_batches,
     write_parquet,
 )
+from megatron_sip.data.token_dtype import dtype_of
 from megatron_sip.publish import sync
 
 

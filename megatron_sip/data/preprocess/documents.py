@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from megatron_sip.data.preprocess.bad_records import BadRecords
-from megatron_sip.data.preprocess.blocks import Cursor, read_blocks
+from megatron_sip.data.preprocess.blocks import read_blocks
 from megatron_sip.data.preprocess.inputs import InputFile
+from megatron_sip.data.preprocess.records import Cursor
 from megatron_sip.data.preprocess.texts import texts_of
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import Any, Literal
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
+from megatron_sip.data.storage import is_url
+
+_LOGGER = logging.getLogger(__name__)
 Kind = Literal["jsonl", "txt", "parquet", "arrow"]
 KINDS: dict[str, Kind] = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".txt": "txt", ".parquet": "parquet", ".arrow": "arrow",
@@ -40,16 +44,23 @@ def expand_inputs(patterns: Sequence[str], *, follow_links: bool = False) -> lis
     """
     found: dict[str, InputFile] = {}
     for pattern in patterns:
-        files, path = fsspec.core.url_to_fs(pattern)
+        files, path = file_system(pattern)
         names = list(_matches(files, path))
         if not names:
             raise ValueError(f"--input {pattern!r} matches no file; check path and quotes")
         for name, inside in names:
-            if isinstance(files, LocalFileSystem) and inside and not follow_links:
-                _check_link(Path(name), Path(inside))
+            if isinstance(files, LocalFileSystem):
+                _check_link(Path(name), Path(inside) if inside and not follow_links else None)
             url = name if isinstance(files, LocalFileSystem) else files.unstrip_protocol(name)
             found[url] = _input_file(url, int(files.size(name) or 0))
     return [found[url] for url in sorted(found)]
+
+
+def file_system(pattern: str) -> tuple[Any, str]:
+    """(file system, path in it); in a local path "::" joins no two URLs."""
+    if is_url(pattern):
+        return fsspec.core.url_to_fs(pattern)
+    return LocalFileSystem(), str(LocalFileSystem._strip_protocol(pattern))
 
 
 def _matches(files: Any, path: str) -> Iterator[tuple[str, str]]:
@@ -57,18 +68,19 @@ def _matches(files: Any, path: str) -> Iterator[tuple[str, str]]:
     if files.isdir(path):
         yield from _folder(files, path)
         return
-    if files.isfile(path):
+    if files.isfile(path) or _is_link(files, path):
         yield path, ""
         return
     base = path[: min(path.index(c) for c in "*?[" if c in path)] if set("*?[") & set(path) else ""
     for name in files.glob(path) if base else ():
-        if files.isfile(name):
+        if files.isfile(name) or (_is_link(files, name) and not files.isdir(name)):
             yield name, base.rpartition("/")[0] or "/"
 
 
 def _folder(files: Any, path: str) -> Iterator[tuple[str, str]]:
     """Files of known kinds below a folder. Raises: ValueError if its form cannot be read right."""
-    names = [str(name) for name in files.find(path)]
+    names = list(_below(files, path, ()))
+    left_out: set[str] = set()
     for name in names:
         folder, _, last = name.rpartition("/")
         if last == "dataset_dict.json":
@@ -77,16 +89,8 @@ def _folder(files: Any, path: str) -> Iterator[tuple[str, str]]:
                 "to be mixed; name the folder of one split"
             )
         if last == "state.json":
-            try:
-                state = json.loads(files.cat_file(name))
-            except ValueError:
-                state = None
-            if isinstance(state, dict) and state.get("_indices_data_files"):
-                raise ValueError(
-                    f"--input {folder} is a Hugging Face dataset with a selection of rows that "
-                    "its files do not show; save it again after flatten_indices()"
-                )
-    known = [name for name in names if _kind_of(name) is not None]
+            left_out |= _not_of_dataset(files, name, names)
+    known = [name for name in names if _kind_of(name) is not None and name not in left_out]
     if not known:
         raise ValueError(
             f"--input {path}: none of the {len(names)} files in this folder ends in one of "
@@ -94,6 +98,56 @@ def _folder(files: Any, path: str) -> Iterator[tuple[str, str]]:
         )
     for name in known:
         yield name, path
+
+
+def _below(files: Any, path: str, through: tuple[Path, ...]) -> Iterator[str]:
+    """Files at any depth, those behind links to folders too.
+
+    Args:   through: folders behind the links on the way to `path`.
+    Raises: ValueError if a link leads back to a folder on the way.
+    """
+    for name in map(str, files.find(path)):
+        if not (_is_link(files, name) and files.isdir(name)):
+            yield name
+            continue
+        target = Path(name).resolve()
+        if any(p.is_relative_to(target) for p in (*through, Path(name).parent.resolve())):
+            raise ValueError(f"--input {name} is a link to {target}, which it lies in; remove it")
+        yield from _below(files, name, (*through, target))
+
+
+def _is_link(files: Any, name: str) -> bool:
+    return isinstance(files, LocalFileSystem) and Path(name).is_symlink()
+
+
+def _not_of_dataset(files: Any, state_name: str, names: Sequence[str]) -> set[str]:
+    """Arrow files beside a Hugging Face dataset that are no part of it, such as its caches.
+
+    Raises: ValueError if a part is missing, or the dataset is a selection of its files' rows.
+    """
+    folder = state_name.rpartition("/")[0]
+    try:
+        state = json.loads(files.cat_file(state_name))
+        parts = {f"{folder}/{part['filename']}" for part in state["_data_files"]}
+    except (ValueError, KeyError, TypeError):
+        return set()  # another program's state.json
+    if state.get("_indices_data_files"):
+        raise ValueError(
+            f"--input {folder} is a Hugging Face dataset with a selection of rows that "
+            "its files do not show; save it again after flatten_indices()"
+        )
+    if missing := sorted(parts - set(names)):
+        raise ValueError(
+            f"--input {folder} is a Hugging Face dataset without its {missing[0]}; fetch it again"
+        )
+    beside = {n for n in names if n.rpartition("/")[0] == folder and _kind_of(n) == ("arrow", "")}
+    if beside - parts:
+        _LOGGER.warning(
+            "%s: left out %d .arrow files that its state.json does not list",
+            folder,
+            len(beside - parts),
+        )
+    return beside - parts
 
 
 def _kind_of(name: str) -> tuple[Kind, str] | None:
@@ -117,8 +171,14 @@ def _input_file(url: str, size: int) -> InputFile:
     return InputFile(url, size, *found)
 
 
-def _check_link(path: Path, folder: Path) -> None:
-    """Raises: ValueError if following links leads out of the folder."""
+def _check_link(path: Path, folder: Path | None) -> None:
+    """Raises: ValueError if following links leads nowhere or out of the folder."""
+    if path.is_symlink() and not path.exists():
+        raise ValueError(
+            f"--input {path} is a link to {path.readlink()}, which is not there; remove it"
+        )
+    if folder is None:
+        return
     target = path.resolve()
     if not target.is_relative_to(folder.resolve()):
         raise ValueError(

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sip.data.preprocess.bad_records import BadRecords
-from megatron_sip.data.preprocess.blocks import Cursor
+from megatron_sip.data.preprocess.records import Cursor
 from megatron_sip.data.staged_dataset import Position
-from megatron_sip.publish import atomic_write
+from megatron_sip.publish import atomic_write, sync
 
 SCHEMA = 1
 
@@ -50,6 +50,12 @@ def save(folder: Path, progress: Progress, *, identity: dict[str, Any]) -> None:
     """Write the journal; the data must be on the disk already."""
     content = {"schema_version": SCHEMA, "identity": identity, "progress": asdict(progress)}
     atomic_write(folder / "journal.json", json.dumps(content).encode())
+
+
+def remove(folder: Path) -> None:
+    """Forget how far the run has come, before anything that the journal speaks of is moved."""
+    (folder / "journal.json").unlink(missing_ok=True)
+    sync(folder)
 
 
 def load(folder: Path, *, identity: dict[str, Any]) -> Progress | None:
@@ -90,24 +96,32 @@ def working_folder(output_prefix: Path, *, resume: bool) -> Iterator[Path]:
     """
     folder = output_prefix.with_name(output_prefix.name + ".partial")
     folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        try:
+            if (folder / "journal.json").is_file() and not resume:
+                raise ValueError(
+                    f"{folder} holds an unfinished run; give --resume to go on with it, or remove "
+                    "it"
+                )
+            yield folder
+            shutil.rmtree(folder)
+        except BaseException:
+            if not (folder / "journal.json").is_file():
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """The folder for this process alone. Raises: ValueError if another has it; its files stay."""
     lock = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"{folder}: another process is making this dataset; wait for it, or give another "
-                "--output-prefix"
-            ) from None
-        if (folder / "journal.json").is_file() and not resume:
-            raise ValueError(
-                f"{folder} holds an unfinished run; give --resume to go on with it, or remove it"
-            )
-        yield folder
-        shutil.rmtree(folder)
-    except BaseException:
-        if not (folder / "journal.json").is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-        raise
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(
+            f"{folder}: another process is making this dataset; wait for it, or give another "
+            "--output-prefix"
+        ) from None
     finally:
         os.close(lock)

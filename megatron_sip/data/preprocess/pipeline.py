@@ -7,7 +7,6 @@ workers, the backend, or where a run was killed and went on.
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -19,13 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sip.data.manifest import Manifest, Source
-from megatron_sip.data.preprocess import journal, worker
-from megatron_sip.data.preprocess.blocks import Block, Cursor, read_blocks
-from megatron_sip.data.preprocess.encoders import MAX_CHECKED_CHARS
+from megatron_sip.data.preprocess import journal, processes, worker
+from megatron_sip.data.preprocess.blocks import read_blocks
+from megatron_sip.data.preprocess.encoders import MAX_CHECKED_CHARS, Difference
 from megatron_sip.data.preprocess.inputs import InputFile, expand_inputs
 from megatron_sip.data.preprocess.progress_line import ProgressLine, progress_line
+from megatron_sip.data.preprocess.records import Block, Cursor
 from megatron_sip.data.preprocess.texts import texts_of
 from megatron_sip.data.preprocess.worker import EncodedBlock, Work
+from megatron_sip.data.provenance import schema_of
 from megatron_sip.data.splits import Split
 from megatron_sip.data.staged_dataset import StagedDataset
 from megatron_sip.data.tokenizer import Tokenizer
@@ -76,21 +77,26 @@ def preprocess(inputs: Sequence[str], settings: Settings) -> dict[str, Manifest]
              then nothing is published and older files stay as they are. What was done so far
              waits in PREFIX.partial for `resume`.
     """
-    tokenizer = Tokenizer.load(settings.tokenizer)
+    _check_kept(settings.kept)
     files = expand_inputs(inputs, follow_links=settings.follow_links)
-    identity = _identity(files, settings, tokenizer)
-    with journal.working_folder(settings.output_prefix, resume=settings.resume) as folder:
+    with ExitStack() as stack:
+        pool = stack.enter_context(_pool(settings, exact=settings.exact))
+        tokenizer = Tokenizer.load(settings.tokenizer)  # while the workers load theirs
+        identity = _identity(files, settings, tokenizer)
+        folder = stack.enter_context(
+            journal.working_folder(settings.output_prefix, resume=settings.resume)
+        )
         progress = journal.load(folder, identity=identity) or journal.Progress(exact=settings.exact)
-        while True:
-            with _pool(settings, exact=progress.exact) as pool:
-                try:
-                    if not progress.exact:
-                        _prove(files, settings, pool)
-                    return _Run(files, settings, tokenizer, folder, identity, progress, pool).make()
-                except _Wrong as error:
-                    _LOGGER.warning("%s; beginning anew with the exact tokenizer", error)
-                    (folder / "journal.json").unlink(missing_ok=True)
-                    progress = journal.Progress(exact=True)
+        if progress.exact == settings.exact:
+            try:
+                return _Run(files, settings, tokenizer, folder, identity, progress, pool).make()
+            except _Wrong as error:
+                _LOGGER.warning("%s; beginning anew with the exact tokenizer", error)
+                journal.remove(folder)
+                progress = journal.Progress()
+        progress.exact = True
+        exact_pool = stack.enter_context(_pool(settings, exact=True))
+        return _Run(files, settings, tokenizer, folder, identity, progress, exact_pool).make()
 
 
 @contextmanager
@@ -105,8 +111,7 @@ def _pool(settings: Settings, *, exact: bool) -> Iterator[ProcessPoolExecutor]:
         append_eod=settings.append_eod,
         max_record_bytes=settings.max_record_bytes,
     )
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(settings.workers, context, worker.start, (work,))
+    pool = ProcessPoolExecutor(settings.workers, processes.context(), worker.start, (work,))
     try:
         for _ in range(settings.workers):
             pool.submit(worker.why_exact)  # starts a process
@@ -152,6 +157,7 @@ class _Run:
             )
             self._write(staged, line)
             manifests = {name: self._stage(name, dataset) for name, dataset in staged.items()}
+            journal.remove(self._folder)  # from here on its positions are of files that move
             for dataset in staged.values():
                 dataset.publish()
         if self._bad.count:
@@ -189,10 +195,15 @@ class _Run:
     def _encoded(self) -> Iterator[EncodedBlock]:
         """Encoded blocks in the order of the input; few are held at a time."""
         waiting: deque[Future[EncodedBlock]] = deque()
+        proof = _Proof(self._pool)
+        if not self._progress.exact:
+            proof.begin(self._files, self._settings)
         for block in self._blocks():
             waiting.append(self._pool.submit(worker.encode, block))
             if len(waiting) > 2 * self._settings.workers:
+                proof.wait()
                 yield waiting.popleft().result()
+        proof.wait()
         while waiting:
             yield waiting.popleft().result()
 
@@ -234,6 +245,17 @@ class _Run:
         )
 
 
+def _check_kept(kept: Sequence[str]) -> None:
+    """Raises: ValueError if two columns of PREFIX.documents.parquet would have one name."""
+    names = [*schema_of().names, *kept]
+    twice = [name for name in kept if names.count(name) > 1]
+    if twice:
+        raise ValueError(
+            f"--keep {twice[0]}: PREFIX.documents.parquet has a column of this name already "
+            f"({', '.join(dict.fromkeys(names))}); leave it out or rename the key in the input"
+        )
+
+
 def _identity(
     files: Sequence[InputFile], settings: Settings, tokenizer: Tokenizer
 ) -> dict[str, Any]:
@@ -250,20 +272,29 @@ def _identity(
     }
 
 
-def _prove(files: Sequence[InputFile], settings: Settings, pool: ProcessPoolExecutor) -> None:
-    """Whether the fast backend gives the exact ids for the first texts of some of the files.
+class _Proof:
+    """That the fast backend gives the exact ids for the first texts of some of the files."""
 
-    Raises: _Wrong with the text on which it does not.
-    """
-    sampled = range(0, len(files), max(1, len(files) // _SAMPLED_FILES))
-    proofs = [pool.submit(worker.prove, _first_texts(files, i, settings)) for i in sampled]
-    reason = pool.submit(worker.why_exact).result()
-    if reason:
-        _LOGGER.warning("%s: using the exact tokenizer", reason)
-    for proof in proofs:
-        wrong = proof.result()
-        if wrong is not None:
-            raise _Wrong(f"the fast tokenizer is wrong on {wrong}")
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
+        self._pool = pool
+        self._reasons: list[Future[str]] = []
+        self._wrong: list[Future[Difference | None]] = []
+
+    def begin(self, files: Sequence[InputFile], settings: Settings) -> None:
+        """Hand the first texts to the workers, before any block."""
+        self._reasons.append(self._pool.submit(worker.why_exact))
+        for source in range(0, len(files), max(1, len(files) // _SAMPLED_FILES)):
+            texts = _first_texts(files, source, settings)
+            self._wrong.append(self._pool.submit(worker.prove, texts))
+
+    def wait(self) -> None:
+        """Wait for what has begun. Raises: _Wrong with the text on which the backend is wrong."""
+        while self._reasons:
+            if reason := self._reasons.pop().result():
+                _LOGGER.warning("%s: using the exact tokenizer", reason)
+        while self._wrong:
+            if wrong := self._wrong.pop().result():
+                raise _Wrong(f"the fast tokenizer is wrong on {wrong}")
 
 
 def _first_texts(files: Sequence[InputFile], source: int, settings: Settings) -> list[str]:

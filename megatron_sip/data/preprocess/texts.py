@@ -10,7 +10,7 @@ from typing import Any
 import orjson
 import pyarrow as pa
 
-from megatron_sip.data.preprocess.blocks import Block
+from megatron_sip.data.preprocess.records import Block
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ def _read(
         raise ValueError(_too_long(len(record), limit))
     if not block.is_json:
         try:
-            return _checked(record.decode(), key="file"), (None,) * len(kept)
+            text = record.removeprefix(codecs.BOM_UTF8).decode()
+            return _checked(text, key="file"), (None,) * len(kept)
         except UnicodeDecodeError as error:
             raise ValueError(f"not valid UTF-8 ({error})") from None
     try:
@@ -122,12 +123,8 @@ def _table_rows(
 
 
 def _cell(batch: pa.RecordBatch, key: str, row: int) -> Any:
-    """Value at a nested key of a row, None where a struct is missing."""
-    top, *deeper = key.split(".")
+    """Value of a column at a row; bytes for a string that is no UTF-8."""
     try:
-        value = batch.column(top)[row].as_py()
+        return batch.column(key)[row].as_py()
     except UnicodeDecodeError:
         return b""
-    for part in deeper:
-        value = value.get(part) if isinstance(value, dict) else None
-    return value

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from multiprocessing.util import Finalize
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import xxhash
 
-from megatron_sip.data.indexed_files import dtype_of
-from megatron_sip.data.preprocess.blocks import Block, Cursor
 from megatron_sip.data.preprocess.encoders import (
     CHECK_EVERY,
     MAX_CHECKED_CHARS,
@@ -25,9 +25,11 @@ from megatron_sip.data.preprocess.encoders import (
     difference,
     fast_encoder,
 )
+from megatron_sip.data.preprocess.records import Block, Cursor
 from megatron_sip.data.preprocess.texts import Text, texts_of
 from megatron_sip.data.provenance import batch_of
 from megatron_sip.data.splits import Split, split_of
+from megatron_sip.data.token_dtype import dtype_of
 from megatron_sip.data.tokenizer import Tokenizer
 
 
@@ -94,19 +96,27 @@ class BlockEncoder:
         good, counts = [r for r, n in zip(good, counts, strict=True) if n], counts[counts > 0]
         digests = [xxhash.xxh3_64_intdigest(r.text.encode()) for r in good]
         wrong, checked = self._check(good, digests)
-        documents = self._documents(ids, counts)
-        names = [split_of(r.text, work.split) if work.split else "" for r in good]
-        parts = {
-            name: self._part(block, good, digests, documents, [n == name for n in names])
-            for name in dict.fromkeys(names)
-        }
+        tokens, counts = self._tokens(ids, counts)
+        ends = np.cumsum(counts) * tokens.itemsize
+        data = tokens.tobytes()
+        view, starts = memoryview(data), [0, *ends.tolist()]
+        documents = [view[i:j] for i, j in itertools.pairwise(starts)]
+        columns = [
+            [block.cursor.source] * len(good),
+            [r.record for r in good],
+            counts,
+            digests,
+            [xxhash.xxh3_64_intdigest(document) for document in documents],
+            *([r.kept[k] for r in good] for k in range(len(work.kept))),
+        ]
+        rows = batch_of(columns, work.kept)
         return EncodedBlock(
             source=block.cursor.source,
             end=block.end,
-            parts=parts,
+            parts=self._parts(good, data, documents, rows),
             bad=tuple(sorted(bad)),
             documents=len(good),
-            tokens=sum(d.size for d in documents),
+            tokens=tokens.size,
             input_bytes=block.input_bytes,
             checked=checked,
             difference=wrong,
@@ -127,65 +137,71 @@ class BlockEncoder:
         ]
         return self.compare(chosen), len(chosen)
 
-    def _documents(self, ids: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
-        """dtype[T] of each document, its end-of-document id included."""
-        dtype, size = dtype_of(self.tokenizer.vocab_size), self.tokenizer.vocab_size
+    def _tokens(self, ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(dtype[T] of all documents, tokens of each), end-of-document ids included."""
+        size = self.tokenizer.vocab_size
         if ids.size and not 0 <= ids.min() <= ids.max() < size:
             raise ValueError(
                 f"{self.encoder.name} gave ids {ids.min()}..{ids.max()}, outside [0, {size}); "
                 "the tokenizer's file contradicts itself"
             )
         if self.work.append_eod:
-            ends = np.cumsum(counts)
-            ids, counts = np.insert(ids, ends, self.tokenizer.eod), counts + 1
-        return np.split(ids.astype(dtype), np.cumsum(counts)[:-1]) if len(counts) else []
+            ids, counts = np.insert(ids, np.cumsum(counts), self.tokenizer.eod), counts + 1
+        return ids.astype(dtype_of(size)), counts
 
-    def _part(
+    def _parts(
         self,
-        block: Block,
         good: Sequence[Text],
-        digests: Sequence[int],
-        documents: Sequence[np.ndarray],
-        chosen: Sequence[bool],
-    ) -> tuple[bytes, pa.RecordBatch]:
-        """Token ids and provenance of the chosen documents."""
-        rows = [i for i, is_chosen in enumerate(chosen) if is_chosen]
-        columns = [
-            [block.cursor.source] * len(rows),
-            [good[i].record for i in rows],
-            [documents[i].size for i in rows],
-            [digests[i] for i in rows],
-            [xxhash.xxh3_64_intdigest(documents[i].data) for i in rows],
-            *([good[i].kept[k] for i in rows] for k in range(len(self.work.kept))),
-        ]
-        tokens = b"".join(documents[i].tobytes() for i in rows)
-        return tokens, batch_of(columns, self.work.kept)
+        tokens: bytes,
+        documents: Sequence[memoryview],
+        rows: pa.RecordBatch,
+    ) -> dict[str, tuple[bytes, pa.RecordBatch]]:
+        """Token ids and provenance by split."""
+        split = self.work.split
+        if split is None:
+            return {"": (tokens, rows)} if good else {}
+        names = np.array([split_of(r.text, split) for r in good])
+        parts = {}
+        for name in dict.fromkeys(names.tolist()):
+            chosen = np.flatnonzero(names == name)
+            found = b"".join(documents[i] for i in chosen.tolist())
+            parts[name] = found, rows.take(pa.array(chosen.tolist(), pa.int64()))
+        return parts
 
 
-_ENCODER: BlockEncoder
+_WORK: Work
+_ENCODER: BlockEncoder | None = None
 
 
 def start(work: Work) -> None:
-    """Make this process a worker; it ends when its parent does."""
-    global _ENCODER
+    """Make this process a worker; it ends when its parent does, and lets go of all at once."""
+    global _WORK
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    Finalize(None, os._exit, args=(0,), exitpriority=0)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _ENCODER = BlockEncoder(work)
+    _WORK = work
+
+
+def _encoder() -> BlockEncoder:
+    """This worker's, loaded when it is first asked for, so that its errors reach who asked."""
+    global _ENCODER
+    _ENCODER = _ENCODER or BlockEncoder(_WORK)
+    return _ENCODER
 
 
 def why_exact() -> str:
     """Why no fast backend is used though one was asked for, "" if one is."""
-    return _ENCODER.why_exact
+    return _encoder().why_exact
 
 
 def prove(texts: Sequence[str]) -> Difference | None:
     """The fast backend against the exact one."""
-    return _ENCODER.compare(texts)
+    return _encoder().compare(texts)
 
 
 def encode(block: Block) -> EncodedBlock:
     """Encode a block in a worker."""
-    return _ENCODER.encode(block)
+    return _encoder().encode(block)

@@ -148,4 +148,3 @@ def open_judge(
                 "tokenizer": model.tokenizer.digest,
             },
         )
-
