@@ -51,7 +51,15 @@ setup(
         "data": ["fastokens>=0.3.5", "gigatoken>=0.10"],
         "eval": ["matplotlib"],
         "sinks": ["mlflow-skinny>=3.10", "prometheus-client>=0.21", "wandb>=0.31"],
-        "dev": ["basedpyright", "hypothesis", "pytest", "pytest-timeout", "ruff", "websockets"],
+        "dev": [
+            "basedpyright",
+            "hypothesis",
+            "pytest",
+            "pytest-timeout",
+            "ruff",
+            "websockets",
+            "zstandard",
+        ],
     },
     entry_points={
         "vllm.general_plugins": [
