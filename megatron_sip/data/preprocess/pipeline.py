@@ -46,7 +46,8 @@ class Settings:
           the end-of-document id. min_tokens: shorter documents are not in PREFIX.eligible.
           max_bad_records: unusable records that may be left out (and are counted).
           max_record_bytes: longer records cannot be used. workers: tokenizing processes.
-          resume: go on with a killed run. exact: use no fast backend.
+          resume: go on with a killed run. exact: use no fast backend. follow_links: read links
+          that lead out of the folder or pattern they lie in.
     """
 
     tokenizer: Path
