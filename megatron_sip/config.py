@@ -138,18 +138,18 @@ class BlendPart(Section):
     epochs: Positive | None = None
     """Passes over the part's eligible documents."""
     tokens: Positive | None = None
-    """Passes such that so many tokens of documents are passed."""
+    """Passes such that so many tokens of eligible documents are passed."""
 
 
 class Data(Section):
     tokenizer: Path
     """sentencepiece .model or tokenizer.json; its digest must equal that in the data's manifest."""
-    train: Path | tuple[BlendPart, ...]
-    """What samples are drawn from: prefix of .bin/.idx/.manifest.json, a pattern of prefixes, or
-    the parts of a blend ([[data.train]])."""
-    validation: Path | tuple[BlendPart, ...]
+    train: str | tuple[BlendPart, ...]
+    """What samples are drawn from: prefix of .bin/.idx/.manifest.json, a pattern of prefixes, an
+    fsspec URL, or the parts of a blend ([[data.train]])."""
+    validation: str | tuple[BlendPart, ...]
     """The validation set, in the same ways."""
-    test: Path | tuple[BlendPart, ...]
+    test: str | tuple[BlendPart, ...]
     """The test set; read by the final evaluation only."""
     cache_dir: Path | None = None
     """Folder on a local disk for the index files of datasets in object stores (s3://, gs://)."""

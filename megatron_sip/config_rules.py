@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -79,7 +78,7 @@ def _blends(c: Config) -> Iterator[tuple[bool, str]]:
     """(rule holds, message) for the parts of each blend."""
     for split in ("train", "validation", "test"):
         parts = getattr(c.data, split)
-        if isinstance(parts, Path):
+        if isinstance(parts, str):
             continue
         names = ("weight", "epochs", "tokens")
         measures = [tuple(n for n in names if getattr(part, n) is not None) for part in parts]

@@ -11,7 +11,7 @@ from megatron_sip.recipe import flatten, load_config
 FREE = (
     "run.dir", "platform", "parallel", "servers", "checkpoint", "model.init",
     "data.tokenizer", "data.train", "data.validation", "data.test",  # checked by their digests
-    "data.micro_batch_size", "evaluation.bootstrap",
+    "data.cache_dir", "data.prefetch_steps", "data.micro_batch_size", "evaluation.bootstrap",
     "rollout.concurrency", "rollout.timeout_s", "rollout.weight_transfer", "rollout.bucket_mib",
     "rollout.max_logprob_mismatch", "rollout.max_logprob_mismatch_p99",
     "rollout.max_logprob_mismatch_max", "rollout.max_kl",

@@ -20,9 +20,9 @@ HELP = """benchmarks:
   shared-prefix  the update on rows that share a prefix against padded rows;
                  ratios grpo_k16, dpo_pair (and _long), padded / shared
 
-Ratios of loss-head are ours / plain, all others plain / ours; times are medians of interleaved
-repetitions. Nothing else should run on the machine: a neighbour that takes the memory bandwidth
-shifts ratios, too."""
+Ratios of loss-head are ours / plain, those called throughput, speedup or by an objective plain /
+ours; times are medians of interleaved repetitions. Nothing else should run on the machine: a
+neighbour that takes the memory bandwidth shifts ratios, too."""
 
 
 def main() -> int:

@@ -181,7 +181,10 @@ def mask_datasets(args: argparse.Namespace) -> None:
 def _watched(prefix: str, watch: Any) -> Any:
     """A mask's progress, which counts documents, for a line that counts bytes."""
     from megatron_sip.data.manifest import load_manifest
+    from megatron_sip.data.storage import is_url
 
+    if is_url(prefix):
+        raise ValueError(f"{prefix}: masks are made of local datasets; make it where the data is")
     size = load_manifest(Path(f"{prefix}.manifest.json")).bin_bytes
     return lambda done, total: watch(done, size * done // total, size)
 
@@ -212,6 +215,7 @@ def _steps(args: argparse.Namespace, judge: Any) -> list[Any]:
                 minimum=args.min_score,
                 maximum=args.max_score,
                 max_chars=args.max_chars,
+                max_missing_rate=judge[2],
             )
         )
     if not steps:
@@ -220,7 +224,7 @@ def _steps(args: argparse.Namespace, judge: Any) -> list[Any]:
 
 
 def _judge(args: argparse.Namespace, stack: Any) -> Any:
-    """(judge, what its scores depend on), None if no judge was asked for."""
+    """(judge, what its scores depend on, max_missing_rate), None if none was asked for."""
     if (args.judge is None) != (args.criterion is None):
         raise ValueError("--judge and --criterion belong together; give both or neither")
     if args.judge is None:
@@ -235,9 +239,11 @@ def _judge(args: argparse.Namespace, stack: Any) -> Any:
         )
 
     config = load_config(args.judge)
-    return stack.enter_context(
+    found = stack.enter_context(
         open_judge(config, args.criterion, log_dir=args.logs, on_wait=on_wait)
     )
+    assert config.judge is not None
+    return *found, config.judge.max_missing_rate
 
 
 def show_step(args: argparse.Namespace) -> None:
@@ -334,13 +340,15 @@ def _add_positions(commands: Any) -> None:
 
 
 def main() -> int:
+    from megatron_sip.errors import RunFailed
+
     args = arguments()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a document may hold any character
     try:
         args.run(args)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RunFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_sip.config import BlendPart
 from megatron_sip.data.blend import Blend, counts_of_epochs, counts_of_weights
-from megatron_sip.data.corpus import Corpus
+from megatron_sip.data.corpus import OPEN_FILES, Corpus
 from megatron_sip.data.storage import expand_prefixes
 
 
@@ -57,7 +57,7 @@ class BlendedCorpus:
 
 
 def open_corpus(
-    source: Path | Sequence[BlendPart], *, min_tokens: int, cache_dir: Path | None
+    source: str | Path | Sequence[BlendPart], *, min_tokens: int, cache_dir: Path | None
 ) -> BlendedCorpus:
     """Open the data of one split.
 
@@ -72,6 +72,7 @@ def open_corpus(
             min_tokens=min_tokens,
             mask=part.mask,
             cache_dir=cache_dir,
+            max_open=max(1, OPEN_FILES // len(source)),
         )
         for part in source
     )
@@ -93,7 +94,7 @@ def _counts(source: Sequence[BlendPart], parts: Sequence[Corpus]) -> tuple[int, 
     if weights:
         return counts_of_weights(weights)
     epochs = [
-        part.epochs if part.epochs is not None else (part.tokens or 0) / corpus.tokens
+        part.epochs if part.epochs is not None else (part.tokens or 0) / corpus.eligible_tokens()
         for part, corpus in zip(source, parts, strict=True)
     ]
     return counts_of_epochs(epochs, eligible)

@@ -25,7 +25,7 @@ from megatron_sip.data.indexed_files import check_index_digest, check_sizes, che
 from megatron_sip.data.manifest import Manifest, load_manifest
 from megatron_sip.data.storage import local_part
 
-OPEN_FILES = 64  # datasets, three files each
+OPEN_FILES = 64  # datasets of a split, three files each
 CHECKED_BYTES = 1 << 26  # of indexes that `check_indexes` reads
 _SHARED = ("tokenizer_digest", "vocab_size", "eod", "append_eod")
 
@@ -37,7 +37,7 @@ class Corpus:
     `min_tokens` tokens. Where the mask was made for fewer tokens, lengths are read at the start.
 
     Args:   prefixes: of the datasets. mask: name, PREFIX.NAME; "": by length alone.
-            cache_dir: for parts of datasets in object stores.
+            cache_dir: for parts of datasets in object stores. max_open: datasets at a time.
     Raises: ValueError naming the file and the remedy if a part is missing, truncated, altered or
             made with another tokenizer than the first, or no document is eligible.
     """
@@ -49,9 +49,10 @@ class Corpus:
         min_tokens: int,
         mask: str = "",
         cache_dir: Path | None = None,
+        max_open: int = OPEN_FILES,
     ) -> None:
         self.prefixes, self.min_tokens, self.mask = tuple(prefixes), min_tokens, mask
-        self._cache_dir = cache_dir
+        self._cache_dir, self._max_open = cache_dir, max_open
         self._open: OrderedDict[int, tuple[IndexedDataset, DocumentMask]] = OrderedDict()
         self._made: dict[int, DocumentMask] = {}
         documents, eligible = [0], [0]
@@ -91,6 +92,11 @@ class Corpus:
     def num_eligible(self) -> int:
         """Documents of one pass."""
         return int(self._eligible[-1])
+
+    def eligible_tokens(self) -> int:
+        """Tokens of one pass, end-of-document ids included; reads all lengths."""
+        files = map(self._file, range(len(self.prefixes)))
+        return sum(int(d.document_lengths()[mask.members()].sum()) for d, mask in files)
 
     def check_tokenizer(self, digest: str, *, path: Path) -> None:
         """Raises: ValueError if the data was made with another tokenizer than that at `path`."""
@@ -193,6 +199,6 @@ class Corpus:
             suffix = f".{self.mask or 'eligible'}"
             mask = load_mask(local_part(self.prefixes[file], suffix, cache_dir=self._cache_dir))
         self._open[file] = dataset, mask
-        if len(self._open) > OPEN_FILES:
+        if len(self._open) > self._max_open:
             self._open.popitem(last=False)[1][0].close()
         return dataset, mask

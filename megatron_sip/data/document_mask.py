@@ -70,7 +70,7 @@ class DocumentMask:
         """Document number of the k-th member. Raises: ValueError if k is not in [0, selected)."""
         if not 0 <= k < self.header.selected:
             raise ValueError(f"mask: member {k} must be in [0, {self.header.selected})")
-        block = int(np.searchsorted(self.directory, k, side="right")) - 1
+        block = int(np.searchsorted(self.directory, np.uint64(k), side="right")) - 1
         left = k - int(self.directory[block])
         words = np.asarray(self.words[8 * block : 8 * block + 8])
         bits = np.unpackbits(words.view(np.uint8), bitorder="little")

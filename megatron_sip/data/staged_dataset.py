@@ -142,12 +142,16 @@ class StagedDataset:
             sync(self._part(part))
         return manifest
 
+    def withdraw_older(self) -> None:
+        """Make an older dataset of the same name invalid, before any part of it is replaced."""
+        part_path(self.prefix, ".manifest.json").unlink(missing_ok=True)
+
     def publish(self) -> None:
         """Give the staged files their names, the manifest last; an older dataset is replaced.
 
         The old manifest goes first, so that a reader never sees a mixture as valid.
         """
-        part_path(self.prefix, ".manifest.json").unlink(missing_ok=True)
+        self.withdraw_older()
         for part in PARTS:
             self._part(part).replace(part_path(self.prefix, part))
         sync(self.prefix.parent)

@@ -25,6 +25,14 @@ def is_url(prefix: str | Path) -> bool:
     return "://" in str(prefix)
 
 
+def file_system(url: str) -> tuple[Any, str]:
+    """(fsspec file system, path in it) of a URL. Raises: ValueError if it cannot be reached."""
+    try:
+        return fsspec.core.url_to_fs(url)
+    except ImportError as error:
+        raise ValueError(f"{url}: {error}") from None
+
+
 def expand_prefixes(pattern: str) -> list[str]:
     """Prefixes of the datasets that a pattern names, sorted; a pattern without magic is itself.
 
@@ -33,7 +41,7 @@ def expand_prefixes(pattern: str) -> list[str]:
     if not glob.has_magic(pattern):
         return [pattern]
     if is_url(pattern):
-        files, path = fsspec.core.url_to_fs(pattern + ".idx")
+        files, path = file_system(pattern + ".idx")
         found = [files.unstrip_protocol(name) for name in files.glob(path)]
     else:
         found = glob.glob(pattern + ".idx", recursive=True)
@@ -55,7 +63,7 @@ def local_part(prefix: str | Path, suffix: str, *, cache_dir: Path | None) -> Pa
             "its index files"
         )
     url = str(prefix) + suffix
-    files, remote = fsspec.core.url_to_fs(url)
+    files, remote = file_system(url)
     try:
         facts = files.info(remote)
         version = [str(facts.get(key)) for key in ("size", "ETag", "etag", "mtime", "created")]
@@ -105,7 +113,7 @@ class RemoteBytes:
     def __init__(self, url: str) -> None:
         self.name = url
         self._files: Any
-        self._files, self._path = fsspec.core.url_to_fs(url)
+        self._files, self._path = file_system(url)
 
     @property
     def size(self) -> int:

@@ -266,11 +266,12 @@ def test_a_second_run_at_once_is_refused_and_disturbs_nothing(start, tmp_path, u
     out = tmp_path / "out"
     first = start(journal_s=1e9)  # no journal before the end: nothing says that it is worth keeping
     assert first.wait_for(lambda: (out / "d.partial" / "train" / "dataset.bin").exists())
+    first.process.send_signal(signal.SIGSTOP)  # so that it does not end before the others come
     for arguments in ((), ("--resume",)):
         code, errors = start(*arguments).end()
         assert code == 1 and "another process is making this dataset; wait for it" in errors
         assert (out / "d.partial" / "train" / "dataset.bin").exists()
-    assert first.process.poll() is None
+    first.process.send_signal(signal.SIGCONT)
     code, errors = first.end()
     assert code == 0, errors
     assert contents(out) == undisturbed[0]

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_sip.config import BlendPart
-from megatron_sip.data import corpus as corpus_module
+from megatron_sip.data import blended_corpus
 from megatron_sip.data.blend import (
     WEIGHT_SUM,
     Blend,
@@ -107,8 +107,9 @@ def test_documents_of_many_files_are_one_sequence(folder: Path) -> None:
 
 
 def test_few_files_are_open_at_a_time(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus_module, "OPEN_FILES", 2)
-    corpus = opened(folder / "a*").parts[0]
+    monkeypatch.setattr(blended_corpus, "OPEN_FILES", 4)
+    parts = [BlendPart(prefix=str(folder / f"{name}*"), weight=1.0) for name in "ab"]
+    corpus = opened(tuple(parts)).parts[0]
     order = list(range(corpus.num_documents))
     random.Random(0).shuffle(order)
     for i in order:
@@ -154,7 +155,7 @@ def test_epochs_pass_over_each_part_exactly_so_often(folder: Path) -> None:
 
 
 def test_token_budgets_are_passes(folder: Path) -> None:
-    tokens = float(2 * opened(folder / "b0").tokens)
+    tokens = 2.0 * sum(len(d) for d in documents(5, 45) if len(d) - 1 >= MIN_TOKENS)
     parts = (
         BlendPart(prefix=str(folder / "b0"), tokens=tokens),
         BlendPart(prefix=str(folder / "a0"), tokens=1000.0),

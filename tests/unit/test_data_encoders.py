@@ -26,7 +26,7 @@ from test_data_preprocess_formats import (
     read_texts,
 )
 
-from megatron_sip.data.preprocess import blocks, encoders, journal, pipeline, worker
+from megatron_sip.data.preprocess import blocks, journal, pipeline, worker
 from megatron_sip.data.preprocess.encoders import CHECK_EVERY, Encoder, difference, fast_encoder
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.data.tokenizer_training import train_tokenizer
@@ -212,7 +212,9 @@ def test_a_difference_during_the_run_leads_to_the_exact_tokenizer(
     save = journal.save
     monkeypatch.setattr(journal, "save", lambda *a, **k: (saved.append(a[1].cursor), save(*a, **k)))
     text = spoiled_text(is_checked=True)
-    fast, exact = run_both(tmp_path, bpe, [*TEXTS, text, *TEXTS], preprocess_here)
+    before = spoiled_text(is_checked=False)  # written wrong when the difference is found
+    texts = [*TEXTS, before, *TEXTS, text, *TEXTS]
+    fast, exact = run_both(tmp_path, bpe, texts, preprocess_here)
     assert fast == exact
     assert f"the fast tokenizer is wrong on {text!r}: [" in caplog.text
     assert len(caplog.records) == 1
@@ -232,26 +234,28 @@ def test_a_difference_that_is_never_looked_at_would_be_in_the_bytes(
 
 
 @pytest.mark.usefixtures("spoiled")
-def test_a_run_that_goes_on_with_exact_uses_no_fast_backend_any_more(
-    tmp_path: Path, bpe: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("asked_for", [True, False])
+def test_a_run_goes_on_without_the_fast_backend_if_asked_to_or_it_was_wrong(
+    tmp_path: Path, bpe: Path, monkeypatch: pytest.MonkeyPatch, asked_for: bool
 ) -> None:
-    texts = [*TEXTS, *TEXTS, spoiled_text(is_checked=False)]
-    (tmp_path / "a.jsonl").write_bytes(lines(texts))
+    wrong = [spoiled_text(is_checked=False)]
+    found = [] if asked_for else [spoiled_text(is_checked=True)]
+    (tmp_path / "a.jsonl").write_bytes(lines([*TEXTS, *found, *TEXTS, *wrong]))
     settings = {"tokenizer": bpe, "exact": True}
     preprocess_here([tmp_path / "a.jsonl"], tmp_path / "exact", **settings)
     save, saved = journal.save, []
 
-    def save_then_stop(*arguments: Any, **options: Any) -> None:
-        save(*arguments, **options)
-        saved.append(arguments)
-        if len(saved) == 2:
+    def save_then_stop(folder: Path, progress: journal.Progress, **options: Any) -> None:
+        save(folder, progress, **options)
+        saved.append(progress.exact)
+        if saved.count(not asked_for) == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(journal, "save", save_then_stop)
         settings["exact"] = False
         preprocess_here([tmp_path / "a.jsonl"], tmp_path / "d", **settings)
-    settings |= {"exact": True, "resume": True}
+    settings |= {"exact": asked_for, "resume": True}
     preprocess_here([tmp_path / "a.jsonl"], tmp_path / "d", **settings)
     assert parts(tmp_path / "d") == parts(tmp_path / "exact")
 
@@ -387,8 +391,7 @@ def test_ids_outside_the_vocabulary_are_refused(
     tmp_path: Path, bpe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "fast_encoder", lambda *_: (Fixed([70_000]), ""))
-    monkeypatch.setattr(encoders, "MAX_CHECKED_CHARS", 0)
-    monkeypatch.setattr(pipeline, "MAX_CHECKED_CHARS", 0)
+    monkeypatch.setattr(worker.BlockEncoder, "compare", lambda *_: None)
     (tmp_path / "a.jsonl").write_bytes(lines(["a text that is not compared"]))
     with pytest.raises(ValueError, match=r"fixed gave ids 70000\.\.70000, outside \[0, \d+\)"):
         preprocess_here([tmp_path / "a.jsonl"], tmp_path / "d", tokenizer=bpe, exact=False)

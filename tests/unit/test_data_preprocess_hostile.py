@@ -441,7 +441,7 @@ def test_broken_and_endless_links_are_refused(
 # Memory
 
 
-def test_a_repeated_string_is_written_out_a_block_at_a_time(
+def test_rows_go_to_a_worker_a_block_at_a_time_however_they_are_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 10_000)
@@ -449,7 +449,9 @@ def test_a_repeated_string_is_written_out_a_block_at_a_time(
     table = pa.table({"text": column, "pay": ["load" * 1000] * 5000})
     pq.write_table(table.drop_columns("pay"), tmp_path / "a.parquet")
     write_arrow(tmp_path / "a.arrow", table.select(["pay", "text"]), rows=5000)
-    for name in ("a.parquet", "a.arrow"):
+    plain = table.set_column(0, "text", column.dictionary_decode())
+    write_arrow(tmp_path / "b.arrow", plain, rows=5000)
+    for name in ("a.parquet", "a.arrow", "b.arrow"):
         files = expand_inputs([str(tmp_path / name)])
         found = read_blocks(files, columns=("text",), max_record_bytes=MIB, start=Cursor())
         rows, sizes = [], []
@@ -529,10 +531,13 @@ def measured(tmp_path_factory: pytest.TempPathFactory, bpe: Path) -> dict[str, A
     command = [sys.executable, "-c", MEASURE, str(folder), *names]
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
     run = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path}
+        command,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+        timeout=120,  # without limits it would go on for hours
     )
     assert run.returncode == 0, run.stderr
-    print(run.stdout)
     return json.loads(run.stdout)
 
 

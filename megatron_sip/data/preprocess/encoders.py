@@ -18,7 +18,7 @@ import numpy as np
 from megatron_sip.data.tokenizer import JsonTokenizer, Tokenizer
 
 CHECK_EVERY = 512  # texts
-MAX_CHECKED_CHARS = 1 << 18  # longer texts are not checked: the exact tokenizer's memory grows
+MAX_CHECKED_CHARS = 1 << 18  # of a text: the exact tokenizer's memory grows with it
 _SHOWN_CHARS = 200
 
 

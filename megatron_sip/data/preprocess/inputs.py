@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from megatron_sip.data.storage import is_url
+from megatron_sip.data import storage
 
 _LOGGER = logging.getLogger(__name__)
 Kind = Literal["jsonl", "txt", "parquet", "arrow"]
@@ -58,8 +57,8 @@ def expand_inputs(patterns: Sequence[str], *, follow_links: bool = False) -> lis
 
 def file_system(pattern: str) -> tuple[Any, str]:
     """(file system, path in it); in a local path "::" joins no two URLs."""
-    if is_url(pattern):
-        return fsspec.core.url_to_fs(pattern)
+    if storage.is_url(pattern):
+        return storage.file_system(pattern)
     return LocalFileSystem(), str(LocalFileSystem._strip_protocol(pattern))
 
 

@@ -29,8 +29,8 @@ class Progress:
     """State of a run between two blocks.
 
     Args: cursor: where reading goes on. positions: of the staged dataset of each split.
-          exact: no fast backend any more. bad: records left out, as (count, first places).
-          checked: texts on which the fast backend was compared. input_bytes: read so far.
+          exact: no fast backend any more. bad_count, bad_places: records left out, and where the
+          first of them stand. input_bytes: read so far.
     """
 
     cursor: Cursor = field(default_factory=Cursor)
@@ -38,7 +38,6 @@ class Progress:
     exact: bool = False
     bad_count: int = 0
     bad_places: list[str] = field(default_factory=list)
-    checked: int = 0
     input_bytes: int = 0
 
     def bad_records(self, limit: int) -> BadRecords:

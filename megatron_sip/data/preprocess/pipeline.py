@@ -6,6 +6,7 @@ workers, the backend, or where a run was killed and went on.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections import deque
@@ -32,7 +33,8 @@ from megatron_sip.data.staged_dataset import StagedDataset
 from megatron_sip.data.tokenizer import Tokenizer
 
 _JOURNAL_S = 5.0
-_SAMPLED_FILES, _SAMPLE_CHARS = 8, 1 << 17  # of the proof before the run; characters of each file
+# Of the proof before the run: files, and blocks and characters of each.
+_SAMPLED_FILES, _SAMPLED_BLOCKS, _SAMPLE_CHARS = 8, 16, 1 << 17
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -143,6 +145,11 @@ class _Run:
         self._folder, self._identity, self._progress = folder, identity, progress
         self._pool = pool
         self._bad = progress.bad_records(settings.max_bad_records)
+        if self._bad.count > self._bad.limit:
+            raise ValueError(
+                f"--resume: {self._bad.count} records were left out already, --max-bad-records is "
+                f"{self._bad.limit}; give at least {self._bad.count}, or remove {folder}"
+            )
 
     def make(self) -> dict[str, Manifest]:
         """Read, tokenize, write, publish."""
@@ -160,6 +167,8 @@ class _Run:
             manifests = {name: self._stage(name, dataset) for name, dataset in staged.items()}
             journal.remove(self._folder)  # from here on its positions are of files that move
             for dataset in staged.values():
+                dataset.withdraw_older()
+            for dataset in staged.values():
                 dataset.publish()
         if self._bad.count:
             places = "\n  ".join(self._bad.places)
@@ -175,7 +184,6 @@ class _Run:
             for name, (tokens, documents) in encoded.parts.items():
                 staged[name].append(tokens, documents)
             self._progress.cursor = encoded.end
-            self._progress.checked += encoded.checked
             self._progress.input_bytes += encoded.input_bytes
             for record, reason in encoded.bad:
                 self._bad.add(f"{self._files[encoded.source].url}:{record}", reason)
@@ -284,7 +292,7 @@ class _Proof:
     def begin(self, files: Sequence[InputFile], settings: Settings) -> None:
         """Hand the first texts to the workers, before any block."""
         self._reasons.append(self._pool.submit(worker.why_exact))
-        for source in range(0, len(files), max(1, len(files) // _SAMPLED_FILES)):
+        for source in range(0, len(files), max(1, -(-len(files) // _SAMPLED_FILES))):
             texts = _first_texts(files, source, settings)
             self._wrong.append(self._pool.submit(worker.prove, texts))
 
@@ -308,11 +316,11 @@ def _first_texts(files: Sequence[InputFile], source: int, settings: Settings) ->
         start=Cursor(source),
     )
     limit = settings.max_record_bytes
-    for block in blocks:
+    for block in itertools.islice(blocks, _SAMPLED_BLOCKS):
         for record in texts_of(block, text_key=settings.text_key, kept=(), max_record_bytes=limit):
-            if record.text and len(record.text) <= MAX_CHECKED_CHARS:
-                texts.append(record.text)
-                chars += len(record.text)
+            if record.text:
+                texts.append(record.text[:MAX_CHECKED_CHARS])
+                chars += len(texts[-1])
             if chars >= _SAMPLE_CHARS:
                 return texts
     return texts

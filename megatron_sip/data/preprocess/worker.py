@@ -52,8 +52,8 @@ class EncodedBlock:
     """A block's documents.
 
     Args: end: where the next block begins. parts: by split, (dtype[T] token ids one document after
-          another, provenance). bad: (record, reason). documents, tokens, text_bytes, input_bytes,
-          checked: counts. difference: a text on which the fast backend was wrong.
+          another, provenance). bad: (record, reason). documents, tokens,
+          input_bytes: counts. difference: a text on which the fast backend was wrong.
     """
 
     source: int
@@ -63,7 +63,6 @@ class EncodedBlock:
     documents: int
     tokens: int
     input_bytes: int
-    checked: int
     difference: Difference | None
 
 
@@ -95,7 +94,7 @@ class BlockEncoder:
         bad += [(r.record, "gives no token") for r, n in zip(good, counts, strict=True) if not n]
         good, counts = [r for r, n in zip(good, counts, strict=True) if n], counts[counts > 0]
         digests = [xxhash.xxh3_64_intdigest(r.text.encode()) for r in good]
-        wrong, checked = self._check(good, digests)
+        wrong = self._check(good, digests)
         tokens, counts = self._tokens(ids, counts)
         ends = np.cumsum(counts) * tokens.itemsize
         data = tokens.tobytes()
@@ -118,7 +117,6 @@ class BlockEncoder:
             documents=len(good),
             tokens=tokens.size,
             input_bytes=block.input_bytes,
-            checked=checked,
             difference=wrong,
         )
 
@@ -128,14 +126,14 @@ class BlockEncoder:
             return None
         return difference(self.encoder, self.tokenizer, texts)
 
-    def _check(self, good: Sequence[Text], digests: Sequence[int]) -> tuple[Difference | None, int]:
+    def _check(self, good: Sequence[Text], digests: Sequence[int]) -> Difference | None:
         """The fast backend against the exact one, on the texts whose turn it is."""
         chosen = [
-            r.text
+            r.text[:MAX_CHECKED_CHARS]
             for r, digest in zip(good, digests, strict=True)
-            if digest % CHECK_EVERY == 0 and len(r.text) <= MAX_CHECKED_CHARS
+            if digest % CHECK_EVERY == 0
         ]
-        return self.compare(chosen), len(chosen)
+        return self.compare(chosen)
 
     def _tokens(self, ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(dtype[T] of all documents, tokens of each), end-of-document ids included."""

@@ -18,11 +18,13 @@ from megatron_sip.data.selection.steps import Batch, Objection
 from megatron_sip.judge.cache import Cache
 from megatron_sip.judge.judge import Judge
 from megatron_sip.judge.prompts import load_prompt
+from megatron_sip.judge.servers import JudgeFailed
 from megatron_sip.services import served_model
 from megatron_sip.serving.fleet import Fleet
 from megatron_sip.types import Candidate, CandidatePool, SipSample
 
 _NOTHING = np.zeros(0, np.int32)
+_ENOUGH = 20  # documents, before their rate of missing verdicts means something
 
 
 class JudgeStep:
@@ -30,7 +32,8 @@ class JudgeStep:
 
     Args:   judge: of one pointwise criterion. described: what the scores depend on. minimum,
             maximum: of P(first label), in [0, 1]. max_chars: so much of a text's beginning is
-            judged.
+            judged. max_missing_rate: of documents without a verdict in the whole pass; more of them
+            raise JudgeFailed.
     Raises: ValueError if the bounds contradict each other.
     """
 
@@ -45,6 +48,7 @@ class JudgeStep:
         minimum: float,
         maximum: float,
         max_chars: int,
+        max_missing_rate: float,
     ) -> None:
         if not 0 <= minimum <= maximum <= 1 or max_chars < 1:
             raise ValueError(
@@ -55,7 +59,8 @@ class JudgeStep:
         self._minimum, self._maximum = minimum, maximum
         self._described = dict(described)
         self._counts: dict[str, float] = {}
-        self._cut = 0
+        self._cut = self._judged = self._missing = 0
+        self._max_missing_rate = max_missing_rate
 
     def describe(self) -> dict[str, Any]:
         """Criterion, prompt, model and bounds."""
@@ -70,6 +75,14 @@ class JudgeStep:
             for number, text in zip(batch.numbers, batch.texts, strict=True)
         ]
         _, verdicts, counts = self._judge.judge_pools(pools, seed=0)
+        self._judged += len(pools)
+        self._missing += sum(known[0].score is None for known in verdicts)
+        if self._judged >= _ENOUGH and self._missing > self._max_missing_rate * self._judged:
+            raise JudgeFailed(
+                f"judge: {self._missing} of {self._judged} documents have no verdict, "
+                f"judge.max_missing_rate is {self._max_missing_rate:.1%}; read the server's log; "
+                "verdicts that were given are in the cache"
+            )
         for name in ("verdicts", "missing", "cache_hits", "prompt_tokens"):
             self._counts[name] = self._counts.get(name, 0) + counts[name]
         return [self._objection(known[0].score, known[0].reply) for known in verdicts]
@@ -138,7 +151,7 @@ def open_judge(
                 [criterion],
                 servers={criterion.server: model},
                 cache=cache,
-                settings=config.judge,
+                settings=config.judge.model_copy(update={"max_missing_rate": 1.0}),
                 prefix_text=lambda sample, num_tokens: "",
             ),
             {
