@@ -181,6 +181,7 @@ class Corpus:
         )  # fmt: skip
         if fits:
             return header
+        check_index_digest(self.prefixes[file], manifest, cache_dir=self._cache_dir)
         dataset = IndexedDataset(self.prefixes[file], cache_dir=self._cache_dir)
         long_enough = dataset.document_lengths() - int(manifest.append_eod) >= self.min_tokens
         dataset.close()

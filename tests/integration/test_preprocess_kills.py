@@ -238,11 +238,14 @@ def test_a_kill_while_publishing_changes_no_byte(start, tmp_path, few, number):
 ORDER = [(split, part) for split in ("train", "test") for part in PARTS]
 
 
+@pytest.mark.kills
 def test_an_interrupt_publishes_nothing_and_the_run_goes_on(start, tmp_path, undisturbed):
     expected, total = undisturbed
     out = tmp_path / "out"
     run = start()
     assert run.wait_for(lambda: progress(out) > total / 4), run.end()
+    others = [process for process in run.members() if process.pid != run.process.pid]
+    assert len(others) >= 2 and all(ignores_sigint(process) for process in others)
     os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
     code, errors = run.end()
     assert code == 130, errors
@@ -260,6 +263,11 @@ def test_an_interrupt_publishes_nothing_and_the_run_goes_on(start, tmp_path, und
         assert names(out) == ["d.partial"] and progress(out) == before
     assert start("--resume").end()[0] == 0
     assert contents(out) == expected
+
+
+def ignores_sigint(process):
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.partition("SigIgn:")[2].split()[0], 16) >> (signal.SIGINT - 1) & 1
 
 
 def test_a_second_run_at_once_is_refused_and_disturbs_nothing(start, tmp_path, undisturbed):
