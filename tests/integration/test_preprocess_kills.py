@@ -71,6 +71,8 @@ class Run:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # A job in the background of a script inherits that it ignores SIGINT.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def members(self):
@@ -238,7 +240,6 @@ def test_a_kill_while_publishing_changes_no_byte(start, tmp_path, few, number):
 ORDER = [(split, part) for split in ("train", "test") for part in PARTS]
 
 
-@pytest.mark.kills
 def test_an_interrupt_publishes_nothing_and_the_run_goes_on(start, tmp_path, undisturbed):
     expected, total = undisturbed
     out = tmp_path / "out"
