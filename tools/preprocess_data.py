@@ -25,7 +25,7 @@ at least --min-tokens). The bytes do not depend on --workers. On any error nothi
 and older files stay; work that was done waits in PREFIX.partial for --resume.
 
 A fast tokenizer (fastokens, gigatoken) is used where it is installed and gives the ids of the
-exact one on a sample of the input; on one text in 512 it goes on being compared, and a difference
+exact one on a sample of the input; on one text in 1,024 it goes on being compared, and a difference
 begins the run anew with the exact tokenizer and shows the text."""
 
 
@@ -54,7 +54,7 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = arguments()
-    begin()
+    begin(None if args.exact else args.tokenizer)
     from megatron_sip.data.preprocess.pipeline import Settings, preprocess  # while it starts
 
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")

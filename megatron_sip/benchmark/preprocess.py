@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import os
 import random
 import subprocess
 import sys
@@ -91,7 +92,9 @@ def _compare(root: Path, corpus: Path, tokenizer: Path) -> dict[str, Any]:
     seconds: dict[str, list[float]] = {"ours_s": [], "plain_s": [], "plain_inner_s": []}
     script = "megatron_sip.benchmark.plain_preprocess"
     for _ in range(_REPETITIONS):
+        os.sync()  # neither waits for what the other wrote
         seconds["ours_s"].append(_timed(partial(_command, *_ours(corpus, tokenizer, ours))))
+        os.sync()
         started = time.perf_counter()
         said = _command("-m", script, corpus, tokenizer, plain, WORKERS)
         seconds["plain_s"].append(time.perf_counter() - started)

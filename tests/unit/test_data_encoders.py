@@ -27,7 +27,13 @@ from test_data_preprocess_formats import (
 )
 
 from megatron_sip.data.preprocess import blocks, journal, pipeline, worker
-from megatron_sip.data.preprocess.encoders import CHECK_EVERY, Encoder, difference, fast_encoder
+from megatron_sip.data.preprocess.encoders import (
+    CHECK_EVERY,
+    Encoder,
+    difference,
+    encode_checked,
+    fast_encoder,
+)
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.data.tokenizer_training import train_tokenizer
 
@@ -86,7 +92,7 @@ def piece(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @cache
 def backend(path: Path) -> tuple[Encoder, Tokenizer]:
     tokenizer = Tokenizer.load(path)
-    encoder, reason = fast_encoder(path, tokenizer)
+    encoder, reason = fast_encoder(path)
     assert encoder is not None, reason
     return encoder, tokenizer
 
@@ -102,7 +108,7 @@ def ids_of(encoder: Encoder, texts: Sequence[str]) -> list[list[int]]:
 def assert_equal_to_exact(path: Path, texts: Sequence[str]) -> None:
     encoder, tokenizer = backend(path)
     assert ids_of(encoder, texts) == [tokenizer.encode(text) for text in texts]
-    assert not texts or difference(encoder, tokenizer, texts) is None
+    assert difference(encode_checked(encoder, texts), tokenizer) is None
 
 
 BATCH = st.lists(ANY_TEXT, max_size=5)
@@ -159,6 +165,8 @@ class Spoiled:
         for ids, text in zip(lists, texts, strict=True):
             if "spoiled" in text:
                 ids[-1] ^= 1
+            if "fatal" in text:
+                raise RuntimeError("index out of bounds")
         return np.concatenate([np.array(ids, np.int64) for ids in lists]), np.array(
             [len(ids) for ids in lists]
         )
@@ -167,7 +175,7 @@ class Spoiled:
 @pytest.fixture
 def spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every worker gets the spoiled backend; the proof before the run reads little."""
-    monkeypatch.setattr(worker, "fast_encoder", lambda _, tokenizer: (Spoiled(tokenizer), ""))
+    monkeypatch.setattr(worker, "fast_encoder", lambda path: (Spoiled(Tokenizer.load(path)), ""))
     monkeypatch.setattr(pipeline, "_SAMPLE_CHARS", 1000)
     monkeypatch.setattr(pipeline, "_JOURNAL_S", 0.0)  # a journal after every block
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 2000)
@@ -220,6 +228,17 @@ def test_a_difference_during_the_run_leads_to_the_exact_tokenizer(
     assert len(caplog.records) == 1
     begins = [cursor.offset for cursor in saved].index(max(c.offset for c in saved))
     assert begins > 1 and saved[0] in saved[1:]  # it had come some way, and began anew
+
+
+@pytest.mark.usefixtures("spoiled")
+def test_a_backend_that_fails_on_a_text_leads_to_the_exact_tokenizer(
+    tmp_path: Path, bpe: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    texts = [*TEXTS * 3, "This one is fatal.", *TEXTS]
+    fast, exact = run_both(tmp_path, bpe, texts, preprocess_here)
+    assert fast == exact
+    assert "spoiled failed: index out of bounds; beginning anew with the exact" in caplog.text
+    assert len(caplog.records) == 1
 
 
 @pytest.mark.usefixtures("spoiled")
@@ -375,7 +394,7 @@ def test_a_difference_shows_the_text_round_it_and_the_ids_from_there_on(bpe: Pat
             ids = ids[: at - 1]
         else:
             ids.append(5)
-        found = difference(Fixed(ids), tokenizer, [text])
+        found = difference(encode_checked(Fixed(ids), [text]), tokenizer)
         assert found is not None
         first = at - 1 if change == "shorter" else at
         assert found.fast == tuple(ids[first : first + 8])
@@ -383,14 +402,14 @@ def test_a_difference_shows_the_text_round_it_and_the_ids_from_there_on(bpe: Pat
         assert len(found.text) <= 200 and found.text in text
         assert change != "wrong" or "of the union" in found.text
         assert str(found) == f"{found.text!r}: {list(found.fast)} for {list(found.exact)}"
-    assert difference(Fixed(exact), tokenizer, [text, text]) is None
+    assert difference(encode_checked(Fixed(exact), [text, text]), tokenizer) is None
 
 
 def test_ids_outside_the_vocabulary_are_refused(
     tmp_path: Path, bpe: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(worker, "fast_encoder", lambda *_: (Fixed([70_000]), ""))
-    monkeypatch.setattr(worker.BlockEncoder, "compare", lambda *_: None)
+    monkeypatch.setattr(pipeline, "difference", lambda *_: None)
     (tmp_path / "a.jsonl").write_bytes(lines(["a text that is not compared"]))
     with pytest.raises(ValueError, match=r"fixed gave ids 70000\.\.70000, outside \[0, \d+\)"):
         preprocess_here([tmp_path / "a.jsonl"], tmp_path / "d", tokenizer=bpe, exact=False)

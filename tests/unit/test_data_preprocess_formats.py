@@ -74,9 +74,13 @@ class HerePool:
 
 
 @contextmanager
-def _pool_here(settings: pipeline.Settings, *, exact: bool) -> Iterator[HerePool]:
+def _pool_here(
+    settings: pipeline.Settings, tokenizer: Tokenizer, *, exact: bool
+) -> Iterator[HerePool]:
     work = worker.Work(
         tokenizer=settings.tokenizer,
+        vocab_size=tokenizer.vocab_size,
+        eod=tokenizer.eod,
         exact=exact,
         text_key=settings.text_key,
         kept=settings.kept,

@@ -16,7 +16,6 @@ import pyarrow as pa
 from megatron_sip.data.preprocess.inputs import InputFile
 from megatron_sip.data.preprocess.records import Block, Cursor
 from megatron_sip.data.preprocess.streams import TextStream, open_text
-from megatron_sip.data.preprocess.tables import table_rows
 
 BLOCK_BYTES = 1 << 20
 _DAMAGE = (
@@ -100,6 +99,8 @@ def _text(file: InputFile, at: Cursor, _: Sequence[str], limit: int) -> Iterator
 
 def _rows(file: InputFile, at: Cursor, columns: Sequence[str], _: int) -> Iterator[Block]:
     """Blocks of rows of a Parquet or Arrow file."""
+    from megatron_sip.data.preprocess.tables import table_rows  # loads much that text needs not
+
     pieces = table_rows(file, columns, first=at.offset, piece_bytes=BLOCK_BYTES)
     for rows, share in pieces:
         end = Cursor(at.source, at.offset + len(rows), at.record + len(rows))

@@ -1,7 +1,8 @@
 """Fast tokenizer backends, and the proof that they give what the exact one gives.
 
 A backend is used only after it gave the same ids as the exact tokenizer on a sample of the input
-itself, and goes on being checked on one text in CHECK_EVERY, chosen by the text's digest.
+itself, and goes on being checked on one text in CHECK_EVERY, chosen by the text's digest. Workers
+encode the sample and the chosen texts with the backend alone; who runs them compares.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_sip.data.tokenizer import JsonTokenizer, Tokenizer
+from megatron_sip.data.tokenizer import Tokenizer
 
-CHECK_EVERY = 512  # texts
+CHECK_EVERY = 1024  # texts
 MAX_CHECKED_CHARS = 1 << 18  # of a text: the exact tokenizer's memory grows with it
 _SHOWN_CHARS = 200
 
@@ -30,6 +31,19 @@ class Encoder(Protocol):
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         """(int[T] ids, one text after another; int64[texts] tokens of each)."""
         ...
+
+
+class WrongBackendError(Exception):
+    """The fast backend fails, or gives other ids than the exact tokenizer. May be pickled."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a fast backend made of some texts. Args: texts. ids, counts: as of `Encoder.encode`."""
+
+    texts: tuple[str, ...]
+    ids: np.ndarray
+    counts: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -54,7 +68,7 @@ class ExactEncoder:
         self._tokenizer = tokenizer
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        return _joined([self._tokenizer.encode(text) for text in texts])
+        return _joined(self._tokenizer.encode_all(texts))
 
 
 class FastokensEncoder:
@@ -79,12 +93,12 @@ class GigatokenEncoder:
     It takes "</s>" in a text for the end-of-document token, so such texts go to the exact one.
     """
 
-    def __init__(self, path: Path, tokenizer: Tokenizer) -> None:
+    def __init__(self, path: Path) -> None:
         import gigatoken  # only where it is used: not every machine has it
 
         self.name = f"gigatoken {version('gigatoken')}"
         self._fast = gigatoken.Tokenizer.from_sentencepiece(str(path))
-        self._tokenizer = tokenizer
+        self._tokenizer = Tokenizer.load(path)
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         special = self._tokenizer.special_texts
@@ -103,24 +117,33 @@ class GigatokenEncoder:
         )
 
 
-def fast_encoder(path: Path, tokenizer: Tokenizer) -> tuple[Encoder | None, str]:
+def fast_encoder(path: Path) -> tuple[Encoder | None, str]:
     """(fast backend for a tokenizer's file, "") or (None, why there is none)."""
     os.environ["RAYON_NUM_THREADS"] = "1"  # one thread a worker, whatever the backend's default
-    is_json = isinstance(tokenizer, JsonTokenizer)
-    name = "fastokens" if is_json else "gigatoken"
+    name, kind = (
+        ("fastokens", FastokensEncoder)
+        if path.suffix == ".json"
+        else ("gigatoken", GigatokenEncoder)
+    )
     try:
-        return (FastokensEncoder(path) if is_json else GigatokenEncoder(path, tokenizer)), ""
+        return kind(path), ""
     except (ImportError, PackageNotFoundError):
         return None, f"{name} is not installed (pip install {name} makes this several times faster)"
     except (ValueError, RuntimeError, TypeError, KeyError, OSError) as error:
         return None, f"{name} refuses {path} ({error})"
 
 
-def difference(encoder: Encoder, tokenizer: Tokenizer, texts: Sequence[str]) -> Difference | None:
-    """First text that `encoder` does not encode as `tokenizer` does."""
-    ids, counts = encoder.encode(texts)
-    for text, fast in zip(texts, np.split(ids, np.cumsum(counts)[:-1]), strict=True):
-        exact = tokenizer.encode(text)
+def encode_checked(encoder: Encoder, texts: Sequence[str]) -> Checked:
+    """The beginnings of these texts, for `difference`."""
+    beginnings = tuple(text[:MAX_CHECKED_CHARS] for text in texts)
+    return Checked(beginnings, *(encoder.encode(beginnings) if beginnings else _joined(())))
+
+
+def difference(checked: Checked, tokenizer: Tokenizer) -> Difference | None:
+    """First text that was not encoded as `tokenizer` does."""
+    parts = np.split(checked.ids, np.cumsum(checked.counts)[:-1]) if checked.texts else ()
+    all_exact = tokenizer.encode_all(checked.texts) if checked.texts else ()
+    for text, fast, exact in zip(checked.texts, parts, all_exact, strict=True):
         if fast.tolist() != exact:
             pairs = enumerate(zip(fast.tolist(), exact, strict=False))
             at = next((i for i, (a, b) in pairs if a != b), min(len(fast), len(exact)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,12 @@ from typing import Any
 from megatron_sip.data.manifest import Manifest, Source
 from megatron_sip.data.preprocess import journal, processes, worker
 from megatron_sip.data.preprocess.blocks import read_blocks
-from megatron_sip.data.preprocess.encoders import MAX_CHECKED_CHARS, Difference
+from megatron_sip.data.preprocess.encoders import (
+    MAX_CHECKED_CHARS,
+    Checked,
+    WrongBackendError,
+    difference,
+)
 from megatron_sip.data.preprocess.inputs import InputFile, expand_inputs
 from megatron_sip.data.preprocess.progress_line import ProgressLine, progress_line
 from megatron_sip.data.preprocess.records import Block, Cursor
@@ -67,10 +73,6 @@ class Settings:
     follow_links: bool = False
 
 
-class _Wrong(Exception):
-    """The fast backend gave other ids than the exact tokenizer."""
-
-
 def preprocess(inputs: Sequence[str], settings: Settings) -> dict[str, Manifest]:
     """Make one indexed dataset, or one for each split.
 
@@ -81,10 +83,11 @@ def preprocess(inputs: Sequence[str], settings: Settings) -> dict[str, Manifest]
              waits in PREFIX.partial for `resume`.
     """
     _check_kept(settings.kept)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     files = expand_inputs(inputs, follow_links=settings.follow_links)
     with ExitStack() as stack:
-        pool = stack.enter_context(_pool(settings, exact=settings.exact))
-        tokenizer = Tokenizer.load(settings.tokenizer)  # while the workers load theirs
+        tokenizer = Tokenizer.load(settings.tokenizer)
+        pool = stack.enter_context(_pool(settings, tokenizer, exact=settings.exact))
         identity = _identity(files, settings, tokenizer)
         folder = stack.enter_context(
             journal.working_folder(settings.output_prefix, resume=settings.resume)
@@ -93,20 +96,24 @@ def preprocess(inputs: Sequence[str], settings: Settings) -> dict[str, Manifest]
         if progress.exact == settings.exact:
             try:
                 return _Run(files, settings, tokenizer, folder, identity, progress, pool).make()
-            except _Wrong as error:
+            except WrongBackendError as error:
                 _LOGGER.warning("%s; beginning anew with the exact tokenizer", error)
                 journal.remove(folder)
                 progress = journal.Progress()
         progress.exact = True
-        exact_pool = stack.enter_context(_pool(settings, exact=True))
+        exact_pool = stack.enter_context(_pool(settings, tokenizer, exact=True))
         return _Run(files, settings, tokenizer, folder, identity, progress, exact_pool).make()
 
 
 @contextmanager
-def _pool(settings: Settings, *, exact: bool) -> Iterator[ProcessPoolExecutor]:
+def _pool(
+    settings: Settings, tokenizer: Tokenizer, *, exact: bool
+) -> Iterator[ProcessPoolExecutor]:
     """Tokenizing processes, which load their tokenizer at once. Raises: ValueError if one dies."""
     work = Work(
         tokenizer=settings.tokenizer,
+        vocab_size=tokenizer.vocab_size,
+        eod=tokenizer.eod,
         exact=exact,
         text_key=settings.text_key,
         kept=settings.kept,
@@ -179,8 +186,7 @@ class _Run:
         """Every block in order; now and then the journal."""
         saved_s = time.monotonic()
         for encoded in self._encoded():
-            if encoded.difference is not None:
-                raise _Wrong(f"the fast tokenizer is wrong on {encoded.difference}")
+            _compare(encoded.checked, self._tokenizer)
             for name, (tokens, documents) in encoded.parts.items():
                 staged[name].append(tokens, documents)
             self._progress.cursor = encoded.end
@@ -204,12 +210,12 @@ class _Run:
     def _encoded(self) -> Iterator[EncodedBlock]:
         """Encoded blocks in the order of the input; few are held at a time."""
         waiting: deque[Future[EncodedBlock]] = deque()
-        proof = _Proof(self._pool)
+        proof = _Proof(self._pool, self._tokenizer)
         if not self._progress.exact:
             proof.begin(self._files, self._settings)
         for block in self._blocks():
             waiting.append(self._pool.submit(worker.encode, block))
-            if len(waiting) > 2 * self._settings.workers:
+            if len(waiting) > 3 * self._settings.workers:
                 proof.wait()
                 yield waiting.popleft().result()
         proof.wait()
@@ -284,26 +290,31 @@ def _identity(
 class _Proof:
     """That the fast backend gives the exact ids for the first texts of some of the files."""
 
-    def __init__(self, pool: ProcessPoolExecutor) -> None:
-        self._pool = pool
+    def __init__(self, pool: ProcessPoolExecutor, tokenizer: Tokenizer) -> None:
+        self._pool, self._tokenizer = pool, tokenizer
         self._reasons: list[Future[str]] = []
-        self._wrong: list[Future[Difference | None]] = []
+        self._checked: list[Future[Checked]] = []
 
     def begin(self, files: Sequence[InputFile], settings: Settings) -> None:
         """Hand the first texts to the workers, before any block."""
         self._reasons.append(self._pool.submit(worker.why_exact))
         for source in range(0, len(files), max(1, -(-len(files) // _SAMPLED_FILES))):
             texts = _first_texts(files, source, settings)
-            self._wrong.append(self._pool.submit(worker.prove, texts))
+            self._checked.append(self._pool.submit(worker.check, texts))
 
     def wait(self) -> None:
-        """Wait for what has begun. Raises: _Wrong with the text on which the backend is wrong."""
+        """Wait for what has begun. Raises: WrongBackendError with the text on which it is wrong."""
         while self._reasons:
             if reason := self._reasons.pop().result():
                 _LOGGER.warning("%s: using the exact tokenizer", reason)
-        while self._wrong:
-            if wrong := self._wrong.pop().result():
-                raise _Wrong(f"the fast tokenizer is wrong on {wrong}")
+        while self._checked:
+            _compare(self._checked.pop().result(), self._tokenizer)
+
+
+def _compare(checked: Checked, tokenizer: Tokenizer) -> None:
+    """Raises: WrongBackendError if the fast backend gave other ids than the exact tokenizer."""
+    if wrong := difference(checked, tokenizer):
+        raise WrongBackendError(f"the fast tokenizer is wrong on {wrong}")
 
 
 def _first_texts(files: Sequence[InputFile], source: int, settings: Settings) -> list[str]:

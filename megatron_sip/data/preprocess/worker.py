@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.util import Finalize
 from pathlib import Path
@@ -18,11 +19,11 @@ import xxhash
 
 from megatron_sip.data.preprocess.encoders import (
     CHECK_EVERY,
-    MAX_CHECKED_CHARS,
-    Difference,
+    Checked,
     Encoder,
     ExactEncoder,
-    difference,
+    WrongBackendError,
+    encode_checked,
     fast_encoder,
 )
 from megatron_sip.data.preprocess.records import Block, Cursor
@@ -35,10 +36,12 @@ from megatron_sip.data.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Work:
-    """What all workers of a run share. Args: tokenizer: its file. exact: without a fast backend.
-    split: None for one dataset. The rest: as in `preprocess`."""
+    """What all workers of a run share. Args: tokenizer: its file. vocab_size, eod: of it. exact:
+    without a fast backend. split: None for one dataset. The rest: as in `preprocess`."""
 
     tokenizer: Path
+    vocab_size: int
+    eod: int
     exact: bool
     text_key: str
     kept: tuple[str, ...]
@@ -53,7 +56,7 @@ class EncodedBlock:
 
     Args: end: where the next block begins. parts: by split, (dtype[T] token ids one document after
           another, provenance). bad: (record, reason). documents, tokens,
-          input_bytes: counts. difference: a text on which the fast backend was wrong.
+          input_bytes: counts. checked: what the fast backend made of the texts whose turn it is.
     """
 
     source: int
@@ -63,7 +66,7 @@ class EncodedBlock:
     documents: int
     tokens: int
     input_bytes: int
-    difference: Difference | None
+    checked: Checked
 
 
 class BlockEncoder:
@@ -71,14 +74,14 @@ class BlockEncoder:
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.tokenizer = Tokenizer.load(work.tokenizer)
         fast, self.why_exact = None, ""
         if not work.exact:
-            fast, self.why_exact = fast_encoder(work.tokenizer, self.tokenizer)
-        self.encoder: Encoder = fast or ExactEncoder(self.tokenizer)
+            fast, self.why_exact = _FAST.get(work.tokenizer) or fast_encoder(work.tokenizer)
+        self.is_fast = fast is not None
+        self._encoder: Encoder = fast or ExactEncoder(Tokenizer.load(work.tokenizer))
 
     def encode(self, block: Block) -> EncodedBlock:
-        """The documents of a block."""
+        """The documents of a block. Raises: WrongBackendError if the fast backend fails."""
         work = self.work
         records = list(
             texts_of(
@@ -89,12 +92,13 @@ class BlockEncoder:
             )
         )
         good = [r for r in records if not r.reason]
-        ids, counts = self.encoder.encode([r.text for r in good])
+        with self._named_failures():
+            ids, counts = self._encoder.encode([r.text for r in good])
         bad = [(r.record, r.reason) for r in records if r.reason]
         bad += [(r.record, "gives no token") for r, n in zip(good, counts, strict=True) if not n]
         good, counts = [r for r, n in zip(good, counts, strict=True) if n], counts[counts > 0]
         digests = [xxhash.xxh3_64_intdigest(r.text.encode()) for r in good]
-        wrong = self._check(good, digests)
+        chosen = [r.text for r, n in zip(good, digests, strict=True) if n % CHECK_EVERY == 0]
         tokens, counts = self._tokens(ids, counts)
         ends = np.cumsum(counts) * tokens.itemsize
         data = tokens.tobytes()
@@ -117,34 +121,34 @@ class BlockEncoder:
             documents=len(good),
             tokens=tokens.size,
             input_bytes=block.input_bytes,
-            difference=wrong,
+            checked=self.check(chosen),
         )
 
-    def compare(self, texts: Sequence[str]) -> Difference | None:
-        """First text on which the fast backend is wrong."""
-        if not texts or isinstance(self.encoder, ExactEncoder):
-            return None
-        return difference(self.encoder, self.tokenizer, texts)
+    def check(self, texts: Sequence[str]) -> Checked:
+        """What the fast backend makes of these; none if there is no fast one."""
+        with self._named_failures():
+            return encode_checked(self._encoder, texts if self.is_fast else ())
 
-    def _check(self, good: Sequence[Text], digests: Sequence[int]) -> Difference | None:
-        """The fast backend against the exact one, on the texts whose turn it is."""
-        chosen = [
-            r.text[:MAX_CHECKED_CHARS]
-            for r, digest in zip(good, digests, strict=True)
-            if digest % CHECK_EVERY == 0
-        ]
-        return self.compare(chosen)
+    @contextlib.contextmanager
+    def _named_failures(self) -> Iterator[None]:
+        """Raises: WrongBackendError for what a fast backend raises."""
+        try:
+            yield
+        except Exception as error:
+            if not self.is_fast:
+                raise
+            raise WrongBackendError(f"{self._encoder.name} failed: {error}") from None
 
     def _tokens(self, ids: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(dtype[T] of all documents, tokens of each), end-of-document ids included."""
-        size = self.tokenizer.vocab_size
+        size = self.work.vocab_size
         if ids.size and not 0 <= ids.min() <= ids.max() < size:
             raise ValueError(
-                f"{self.encoder.name} gave ids {ids.min()}..{ids.max()}, outside [0, {size}); "
+                f"{self._encoder.name} gave ids {ids.min()}..{ids.max()}, outside [0, {size}); "
                 "the tokenizer's file contradicts itself"
             )
         if self.work.append_eod:
-            ids, counts = np.insert(ids, np.cumsum(counts), self.tokenizer.eod), counts + 1
+            ids, counts = np.insert(ids, np.cumsum(counts), self.work.eod), counts + 1
         return ids.astype(dtype_of(size)), counts
 
     def _parts(
@@ -167,8 +171,16 @@ class BlockEncoder:
         return parts
 
 
+# Loaded before this process was forked.
+_FAST: dict[Path, tuple[Encoder | None, str]] = {}
+
 _WORK: Work
 _ENCODER: BlockEncoder | None = None
+
+
+def preload(tokenizer: Path) -> None:
+    """Load the fast backend of a tokenizer for the workers that this process forks."""
+    _FAST[tokenizer] = fast_encoder(tokenizer)
 
 
 def start(work: Work) -> None:
@@ -195,9 +207,9 @@ def why_exact() -> str:
     return _encoder().why_exact
 
 
-def prove(texts: Sequence[str]) -> Difference | None:
-    """The fast backend against the exact one."""
-    return _encoder().compare(texts)
+def check(texts: Sequence[str]) -> Checked:
+    """What the fast backend makes of the first texts."""
+    return _encoder().check(texts)
 
 
 def encode(block: Block) -> EncodedBlock:
