@@ -33,19 +33,28 @@ def arguments() -> argparse.Namespace:
     add("--only", metavar="NAME", help="train on this part of --split")
     add("--split-salt", default=DEFAULT_SALT, help="mixed into the hash that splits (%(default)s)")
     add("--max-bad-records", type=int, default=0, help="unusable records allowed (%(default)s)")
+    add("--max-record-mb", type=int, default=16, help="longest record in MiB (%(default)s)")
+    add("--follow-links", action="store_true", help="read links that lead out of their folder")
     return parser.parse_args()
 
 
 def main() -> int:
     args = arguments()
     try:
+        if args.max_record_mb < 1:
+            raise ValueError(f"--max-record-mb is {args.max_record_mb}, but must be at least 1")
         if (args.split is None) != (args.only is None):
             raise ValueError("--split and --only belong together; give both or neither")
         split = parse_split(args.split, salt=args.split_salt) if args.split is not None else None
         if split and args.only not in split.names:
             raise ValueError(f"--only {args.only!r} must be one of {', '.join(split.names)}")
         bad = BadRecords(limit=args.max_bad_records)
-        documents = read_documents(expand_inputs(args.input), text_key=args.text_key, bad=bad)
+        documents = read_documents(
+            expand_inputs(args.input, follow_links=args.follow_links),
+            text_key=args.text_key,
+            bad=bad,
+            max_record_bytes=args.max_record_mb << 20,
+        )
         texts = (t for t in documents if not split or split_of(t, split) == args.only)
         tokenizer = train_tokenizer(texts, vocab_size=args.vocab_size, output=args.output)
     except (ValueError, OSError) as error:

@@ -44,7 +44,7 @@ class PrefixSuffixSampler:
             min_prefix_tokens: shortest prefix. suffix_tokens: length of every suffix.
             seed: with i, the only source of randomness.
             word_starts: bool[V], `Tokenizer.word_starts`. eod: end-of-document id.
-    Raises: ValueError if tokenizer and data disagree.
+    Raises: ValueError if tokenizer and data disagree: another eod, or ids that it may not have.
     """
 
     def __init__(
@@ -59,11 +59,11 @@ class PrefixSuffixSampler:
         eod: int,
     ) -> None:
         for part in corpus.parts:
-            if (eod, len(word_starts)) != (part.eod, part.vocab_size):
+            if eod != part.eod or part.vocab_size > len(word_starts):  # its ids are all below
                 raise ValueError(
                     f"{part.prefixes[0]} has eod {part.eod} and {part.vocab_size} pieces, but the "
                     f"tokenizer has eod {eod} and {len(word_starts)} pieces; give the tokenizer "
-                    "that the data was made with"
+                    "that the data was made with, or adopt the data anew with it"
                 )
         if not 0 < min_prefix_tokens <= prefix_tokens or suffix_tokens < 1:
             raise ValueError(

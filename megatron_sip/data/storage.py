@@ -17,6 +17,7 @@ import fsspec
 import numpy as np
 
 from megatron_sip.data.manifest import part_path
+from megatron_sip.data.store_errors import store_errors
 from megatron_sip.publish import atomic_write
 
 
@@ -28,9 +29,11 @@ def is_url(prefix: str | Path) -> bool:
 def file_system(url: str) -> tuple[Any, str]:
     """(fsspec file system, path in it) of a URL. Raises: ValueError if it cannot be reached."""
     try:
-        return fsspec.core.url_to_fs(url)
-    except ImportError as error:
-        raise ValueError(f"{url}: {error}") from None
+        with store_errors(url):
+            return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(url) else f"{url}: {text}") from None
 
 
 def expand_prefixes(pattern: str) -> list[str]:
@@ -42,12 +45,25 @@ def expand_prefixes(pattern: str) -> list[str]:
         return [pattern]
     if is_url(pattern):
         files, path = file_system(pattern + ".idx")
-        found = [files.unstrip_protocol(name) for name in files.glob(path)]
+        with store_errors(pattern):
+            found = [files.unstrip_protocol(name) for name in files.glob(path)]
+            if not found:
+                list_folder(files, path)  # says why
     else:
         found = glob.glob(pattern + ".idx", recursive=True)
     if not found:
         raise ValueError(f"{pattern}: no file {pattern}.idx; check the pattern and its quotes")
     return sorted(name.removesuffix(".idx") for name in found)
+
+
+def list_folder(files: Any, path: str) -> None:
+    """List the folder of a path or pattern that names nothing: many errors of a store, such as bad
+    credentials, are taken for "nothing there" where a pattern is expanded.
+
+    Raises: the error of the store.
+    """
+    magic = [path.index(c) for c in "*?[" if c in path]
+    files.ls(path[: min(magic)].rpartition("/")[0] if magic else path)
 
 
 def local_part(prefix: str | Path, suffix: str, *, cache_dir: Path | None) -> Path:
@@ -64,15 +80,15 @@ def local_part(prefix: str | Path, suffix: str, *, cache_dir: Path | None) -> Pa
         )
     url = str(prefix) + suffix
     files, remote = file_system(url)
-    try:
+    with store_errors(url):
         facts = files.info(remote)
         version = [str(facts.get(key)) for key in ("size", "ETag", "etag", "mtime", "created")]
         key = hashlib.sha256("\0".join([url, *version]).encode()).hexdigest()[:32]
         path = cache_dir / f"{key}{suffix}"
-        if not path.is_file():
-            atomic_write(path, files.cat_file(remote))
-    except OSError as error:
-        raise ValueError(f"{url} cannot be read ({error or type(error).__name__})") from None
+        if path.is_file():
+            return path
+        data = files.cat_file(remote)
+    atomic_write(path, data)
     return path
 
 
@@ -118,17 +134,13 @@ class RemoteBytes:
     @property
     def size(self) -> int:
         """Bytes. Raises: ValueError if the object cannot be read."""
-        try:
+        with store_errors(self.name):
             return int(self._files.size(self._path))
-        except OSError as error:
-            raise ValueError(f"{self.name} cannot be read ({error})") from None
 
     def read(self, start: int, count: int) -> bytes:
         """Bytes [start, start + count). Raises: ValueError if the request fails."""
-        try:
+        with store_errors(self.name):
             return self._files.cat_file(self._path, start=start, end=start + count)
-        except OSError as error:
-            raise ValueError(f"{self.name} cannot be read ({error})") from None
 
     def close(self) -> None:
         """Nothing is held."""

@@ -19,6 +19,8 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
+from megatron_sip.data.panics import is_panic, panics_told
+
 WORD_START = ("\u2581", "\u0120")  # how sentencepiece and byte-level BPE write a space
 EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
@@ -40,7 +42,8 @@ class Tokenizer(ABC):
     def load(path: Path) -> Tokenizer:
         """Read a `.model` or `.json` file.
 
-        Raises: ValueError if the file is missing, no tokenizer, or has no end-of-document token.
+        Raises: ValueError if the file is missing, no tokenizer, has no end-of-document token, or
+                does not give a text the same ids each time (dropout).
         """
         try:
             data = Path(path).read_bytes()
@@ -146,11 +149,23 @@ class JsonTokenizer(Tokenizer):
     def __init__(self, data: bytes, *, name: str) -> None:
         try:
             self._tokenizer = tokenizers.Tokenizer.from_buffer(data)
-        except Exception as error:  # the library raises bare Exception
+        except BaseException as error:  # the library raises bare Exception, or panics
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
             raise ValueError(
                 f"tokenizer {name}: {len(data)} bytes are not a tokenizer.json ({error}); "
                 "give the file of a Hugging Face fast tokenizer"
             ) from None
+        dropout = getattr(self._tokenizer.model, "dropout", None)
+        if dropout:
+            raise ValueError(
+                f"tokenizer {name}: model.dropout is {dropout:g}, so that a text has other ids "
+                "each time, but must have the same; set model.dropout to null in the file"
+            )
+        self._broken = (
+            f"tokenizer {name}: its library panicked on a text; the file contradicts itself: fetch "
+            "or make it again"
+        )
         self._tokenizer.encode_special_tokens = True  # as text
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -168,18 +183,21 @@ class JsonTokenizer(Tokenizer):
         self.eod = special[known[0]]
 
     def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        with panics_told(self._broken):
+            return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def encode_all(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of each text; unlike it, other threads run meanwhile."""
-        found = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        with panics_told(self._broken):
+            found = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in found]
 
     def _piece(self, i: int) -> str:
         return self._tokenizer.id_to_token(i) or ""
 
     def _decode(self, ids: list[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=False)
+        with panics_told(self._broken):
+            return self._tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def _eos_token(path: Path) -> str:

@@ -35,12 +35,15 @@ from maintenance_helpers import (
     theirs,
 )
 
+from megatron_sip.data.blended_corpus import open_corpus
 from megatron_sip.data.document_mask import load_mask
 from megatron_sip.data.indexed_files import HEADER
 from megatron_sip.data.maintenance import layout
 from megatron_sip.data.maintenance.adopt import adopt, find_prefix
+from megatron_sip.data.maintenance.merge import merge
 from megatron_sip.data.maintenance.verify import verify
 from megatron_sip.data.manifest import PARTS, load_manifest
+from megatron_sip.data.sampler import PrefixSuffixSampler
 
 
 @few
@@ -146,16 +149,40 @@ def test_adopt_checks_negative_ids_and_a_padded_vocabulary(tmp_path: Path) -> No
     megatron_build(tmp_path / "d", [[[5, EOD]], [[-7, EOD]]], np.int32)
     with pytest.raises(ValueError, match="document 1 has token id -7 at byte 8"):
         adopt(tmp_path / "d", TOKENIZER, min_tokens=1)
-    megatron_build(tmp_path / "p", [[[VOCAB + 5, EOD]]])
-    assert adopt(tmp_path / "p", TOKENIZER, min_tokens=1, vocab_size=VOCAB + 6).vocab_size == 306
-    with pytest.raises(ValueError, match=r"document 0 .* has token id 305.*\[0, 300\)"):
-        verify(tmp_path / "p", TOKENIZER)
-    verify(tmp_path / "p", None)
+    megatron_build(tmp_path / "p", [[[5, EOD]], [[VOCAB + 5, EOD]]])
+    padding = r"no text has an id from 300 on, --vocab-size 306 only pads; give the tokenizer"
+    with pytest.raises(ValueError, match=rf"document 1 has token id 305 .*\[0, 300\); {padding}"):
+        adopt(tmp_path / "p", TOKENIZER, min_tokens=1, vocab_size=VOCAB + 6)
+    assert names(tmp_path) == ["d.bin", "d.idx", "p.bin", "p.idx"]
     megatron_build(tmp_path / "q", [[[5, EOD]]])
+    with pytest.raises(ValueError, match=r"\[0, 4\); --vocab-size is 4, .* has 300 ids; leave it"):
+        adopt(tmp_path / "q", TOKENIZER, min_tokens=1, vocab_size=4)
     with pytest.raises(ValueError, match=r"vocab_size is 1, but .*end-of-document id is 1"):
         adopt(tmp_path / "q", TOKENIZER, min_tokens=1, vocab_size=1)
     with pytest.raises(ValueError, match="min_tokens is -1"):
         adopt(tmp_path / "q", TOKENIZER, min_tokens=-1)
+
+
+@pytest.mark.parametrize("vocab_size", [None, VOCAB - 50, VOCAB, VOCAB + 84])
+def test_what_is_adopted_with_any_size_that_holds_its_ids_is_merged_and_trained_on(
+    tmp_path: Path, vocab_size: int | None
+) -> None:
+    documents = [[*range(2, 2 + n), EOD] for n in range(10, 40)]
+    megatron_build(tmp_path / "old", [[d] for d in documents])
+    adopt(tmp_path / "old", TOKENIZER, min_tokens=10, vocab_size=vocab_size)
+    build(tmp_path / "new", documents, min_tokens=10)
+    first, second = (load_manifest(tmp_path / f"{n}.manifest.json") for n in ("old", "new"))
+    assert (first.vocab_size, first.data_digest) == (VOCAB, second.data_digest)
+    verify(tmp_path / "old", TOKENIZER)
+    merge([tmp_path / "old", tmp_path / "new"], tmp_path / "both")
+    for pattern in ("old", "both", "[on]*[dw]"):
+        corpus = open_corpus(tmp_path / pattern, min_tokens=10, cache_dir=None)
+        corpus.check_tokenizer(TOKENIZER.digest, path=Path("t"))
+        sampler = PrefixSuffixSampler(
+            corpus, prefix_tokens=8, min_prefix_tokens=4, suffix_tokens=6, seed=1,
+            word_starts=TOKENIZER.word_starts, eod=TOKENIZER.eod,
+        )  # fmt: skip
+        assert [len(sampler[i].suffix_ids) for i in range(40)] == [6] * 40
 
 
 # --- lying indexes: four documents of sequences (5 1), (6 1) (7 1), (8 1), (9 1)

@@ -106,6 +106,16 @@ def test_wrong_evaluation_files_are_told(
     assert str(tmp_path / name) in str(error.value)
 
 
+@pytest.mark.parametrize("words", [1, 7, 8])
+def test_short_runs_are_looked_for_and_no_text_is_looked_for_whole(words: int) -> None:
+    short, long = " ".join(f"w{i}" for i in range(words - 1)), " ".join("abcdefghij"[:words])
+    step = Contamination([EvaluationFile("e", "", ((1, short), (2, long)))], ngram_words=words)
+    assert step.describe() == {"ngram_words": words, "min_words": words, "files": {"e": ""}}
+    assert step.facts()["matched_whole"] == 0 and step.facts()["too_short"] == 1
+    found = step.objections(batch_of_texts([f"x {long} y", f"x {short} y"]))
+    assert [len(objections) for objections in found] == [1, 0]
+
+
 def test_nothing_to_look_for_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"absent.txt cannot be read"):
         read_evaluation(tmp_path / "absent.txt", text_key="text")
@@ -113,6 +123,8 @@ def test_nothing_to_look_for_is_an_error(tmp_path: Path) -> None:
         Contamination([])
     with pytest.raises(ValueError, match="none of the 1 evaluation texts has 8 words"):
         Contamination([EvaluationFile("e", "", ((1, "too short"),))])
+    with pytest.raises(ValueError, match="--ngram-words is 0, but a run has 1 word or more"):
+        Contamination([EvaluationFile("e", "", ((1, QUESTION),))], ngram_words=0)
     for wrong in ({"min_words": 14}, {"min_words": 0}):
         with pytest.raises(ValueError, match="1 <= min_words <= ngram_words"):
             Contamination([EvaluationFile("e", "", ((1, QUESTION),))], **wrong)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import random
+import subprocess
+import sys
+import threading
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -316,3 +319,42 @@ def test_an_error_in_reading_ahead_comes_when_its_sample_is_asked_for() -> None:
     assert reader.read(0, [0, 1]) == [0, 1]
     with pytest.raises(ValueError, match="sample 4 cannot be read"):
         reader.read(4, [0, 1])
+
+
+def test_a_closed_reader_gives_up_what_was_to_be_read_ahead() -> None:
+    begun, go_on, before = threading.Event(), threading.Event(), set(threading.enumerate())
+    read: list[int] = []
+
+    class Slow:
+        def __getitem__(self, i: int) -> int:
+            read.append(i)
+            if i == 4:  # the first that is read ahead
+                begun.set()
+                go_on.wait(10)
+            return i
+
+    with SampleReader(Slow(), batch=4, steps=3) as reader:  # pyright: ignore[reportArgumentType]
+        assert reader.read(0, [0, 1, 2, 3]) == [0, 1, 2, 3]
+        assert begun.wait(10)
+        timer = threading.Timer(0.05, go_on.set)  # while `close` waits
+        timer.start()
+    timer.join()
+    assert read == [0, 1, 2, 3, 4]
+    assert set(threading.enumerate()) <= before
+    reader.close()  # twice does no harm
+
+
+def test_a_process_with_a_closed_reader_ends_without_reading_ahead() -> None:
+    program = (
+        "import time\n"
+        "from megatron_sip.data.sample_reader import SampleReader\n"
+        "class Slow:\n"
+        "    def __getitem__(self, i):\n"
+        "        time.sleep(0.2 if i else 0)\n"
+        "        print(i, flush=True)\n"
+        "with SampleReader(Slow(), batch=1, steps=50) as reader:\n"
+        "    reader.read(0, [0])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) < 5

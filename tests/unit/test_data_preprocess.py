@@ -195,3 +195,25 @@ def test_tools_report_an_error_on_stderr_and_exit_with_one(
     assert run_tool("train_tokenizer.py", *inputs, "--only", "train") == 1
     assert "--split and --only belong together" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_both_tools_have_the_options_that_their_errors_name(
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", TEXTS)
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": "long " * 300_000}) + "\n")
+    (folder / "b.jsonl").symlink_to(tmp_path / "b.jsonl")
+    for name, *arguments in (
+        ("train_tokenizer.py", "--vocab-size", 300, "--output", tmp_path / "t.model"),
+        ("preprocess_data.py", "--tokenizer", model, "--output-prefix", tmp_path / "d"),
+    ):
+        given = (name, "--input", folder, *arguments)
+        assert run_tool(*given) == 1
+        assert "give --follow-links if" in capsys.readouterr().err
+        assert run_tool(*given, "--follow-links", "--max-record-mb", 1) == 1
+        assert "are more than --max-record-mb allows (1048576)" in capsys.readouterr().err
+        assert run_tool(*given, "--follow-links", "--max-record-mb", 0) == 1
+        assert "must be at least 1" in capsys.readouterr().err
+        assert run_tool(*given, "--follow-links", "--max-record-mb", 2) == 0

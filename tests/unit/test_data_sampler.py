@@ -144,6 +144,13 @@ def test_seeds_give_different_samples(dataset: IndexedDataset) -> None:
     assert same < 8
 
 
+def test_a_dataset_whose_ids_lie_below_a_smaller_size_is_legal(dataset: IndexedDataset) -> None:
+    corpus = corpus_of(dataset, min_tokens=10)
+    more = np.concatenate([WORD_STARTS, np.zeros(5, bool)])
+    source = PrefixSuffixSampler(corpus, **SETTINGS, word_starts=more, eod=EOD)
+    assert plain(source[3]) == plain(sampler(dataset)[3])
+
+
 def test_errors_name_numbers_and_remedy(dataset: IndexedDataset) -> None:
     with pytest.raises(ValueError, match=r"none of 60 .*suffix_tokens = 94 tokens"):
         sampler(dataset, suffix_tokens=90)
@@ -154,5 +161,8 @@ def test_errors_name_numbers_and_remedy(dataset: IndexedDataset) -> None:
     corpus = corpus_of(dataset, min_tokens=9)
     with pytest.raises(ValueError, match="has eod 1 and 100 pieces"):
         PrefixSuffixSampler(corpus, **SETTINGS, word_starts=WORD_STARTS, eod=2)
+    few = WORD_STARTS[: VOCAB - 1]  # an earlier version adopted with a padded size
+    with pytest.raises(ValueError, match=r"100 pieces, .* 99 pieces; .* or adopt the data anew"):
+        PrefixSuffixSampler(corpus, **SETTINGS, word_starts=few, eod=EOD)
     with pytest.raises(ValueError, match="documents of 9 tokens"):
         PrefixSuffixSampler(corpus, **SETTINGS, word_starts=WORD_STARTS, eod=EOD)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_sip.data import tokenizer as tokenizer_module
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.data.tokenizer_training import train_tokenizer
 
@@ -103,3 +108,65 @@ def test_ids_outside_the_vocabulary_are_an_error(tokenizer: Tokenizer) -> None:
     for wrong in (-1, tokenizer.vocab_size):
         with pytest.raises(ValueError, match=r"must lie in \[0, 320\)"):
             tokenizer.decode([5, wrong])
+
+
+def json_tokenizer(folder: Path, **parts: object) -> Path:
+    """A small tokenizer.json, parts of it replaced."""
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE({"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 3}, [("a", "b")])
+    )
+    made.add_special_tokens(["<|endoftext|>"])
+    content = json.loads(made.to_str())
+    content["model"] |= parts.pop("model", {})
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(content | parts))
+    return path
+
+
+@pytest.mark.parametrize("charsmap", [b"", b"\xff\xff\xff\xff", b"\0\0\0"])
+def test_a_tokenizer_json_on_which_the_library_panics_is_an_error(
+    tmp_path: Path, charsmap: bytes
+) -> None:
+    text = base64.b64encode(charsmap).decode()
+    path = json_tokenizer(
+        tmp_path, normalizer={"type": "Precompiled", "precompiled_charsmap": text}
+    )
+    with pytest.raises(
+        ValueError, match=r"tokenizer\.json: \d+ bytes are not a .*give the file of"
+    ):
+        Tokenizer.load(path)
+
+
+def test_a_panic_on_a_text_is_an_error(tmp_path: Path) -> None:
+    text = base64.b64encode(bytes(4)).decode()
+    path = json_tokenizer(
+        tmp_path, normalizer={"type": "Precompiled", "precompiled_charsmap": text}
+    )
+    tokenizer = Tokenizer.load(path)
+    for encode in (tokenizer.encode, lambda text: tokenizer.encode_all([text])):
+        with pytest.raises(ValueError, match=r"json: its library panicked on a text; .*index out"):
+            encode("ab")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_while_a_tokenizer_is_read_is_no_error_of_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
+) -> None:
+    path = json_tokenizer(tmp_path)
+
+    def interrupted(*_: object) -> None:
+        raise error
+
+    stand_in = SimpleNamespace(Tokenizer=SimpleNamespace(from_buffer=interrupted))
+    monkeypatch.setattr(tokenizer_module, "tokenizers", stand_in)
+    with pytest.raises(error):
+        Tokenizer.load(path)
+
+
+def test_a_tokenizer_with_dropout_is_refused(tmp_path: Path) -> None:
+    path = json_tokenizer(tmp_path, model={"dropout": 0.5})
+    with pytest.raises(ValueError, match=r"model\.dropout is 0\.5, .*; set model\.dropout to null"):
+        Tokenizer.load(path)
+    for none in (None, 0.0):
+        tokenizer = Tokenizer.load(json_tokenizer(tmp_path, model={"dropout": none}))
+        assert all(tokenizer.encode("ab") == [3] for _ in range(50))

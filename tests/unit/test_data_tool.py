@@ -14,6 +14,9 @@ import pytest
 import tokenizers
 from maintenance_helpers import CORPUS, EOD, STARTS, VOCAB, alter, build, megatron_build
 
+from megatron_sip.data.selection import contamination, mask_command
+from megatron_sip.data.tokenizer import Tokenizer
+
 TOOL = Path(__file__).parents[2] / "tools" / "dataset.py"
 
 
@@ -77,6 +80,7 @@ def test_the_tool_tells_errors_on_stderr(tmp_path: Path, tool: Any, tokenizer_fi
         (("split", tmp_path / "a", "--output-prefix", "b", "--split", "x"), "must be NAME=SHARE"),
         (("inspect", tmp_path / "none"), "cannot be read"),
         (("inspect", tmp_path / "a", "--samples", 2), "need the tokenizer"),
+        (("inspect", tmp_path / "a", "--seed", 2), "--seed 2 has no effect without"),
         (("adopt", tmp_path / "a", "--tokenizer", "none", "--min-tokens", 1), "tokenizer none"),
     ):
         code, out, err = tool(*arguments)
@@ -85,7 +89,56 @@ def test_the_tool_tells_errors_on_stderr(tmp_path: Path, tool: Any, tokenizer_fi
         assert message in last and "Traceback" not in err
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify", "merge", "split", "adopt"])
+MASK_ERRORS = {
+    "--seed 3 --rules r": "--seed 3 has no effect without --near-duplicates; give that too",
+    "--text-key q --rules r": "--text-key q has no effect without --decontaminate",
+    "--ngram-words 7 --rules r": "--ngram-words 7 has no effect without --decontaminate",
+    "--min-score 0.5 --rules r": "--min-score 0.5 has no effect without --judge",
+    "--min-score 0 --rules r": "--min-score 0.0 has no effect without --judge",
+    "--max-score 0.5 --rules r": "--max-score 0.5 has no effect without --judge",
+    "--max-chars 10 --rules r": "--max-chars 10 has no effect without --judge",
+    "--logs x --rules r": "--logs x has no effect without --judge",
+    "--criterion c --rules r": "--judge and --criterion belong together",
+    "--judge c": "--judge and --criterion belong together",
+    "--text-key q --decontaminate a.txt b.txt": "--text-key q has no effect: all files of",
+    "--ngram-words 0 --decontaminate {e}": "--ngram-words is 0, but a run has 1 word or more",
+    "": "give one of --rules, --near-duplicates, --decontaminate and --judge",
+}
+
+
+@pytest.mark.parametrize("options", MASK_ERRORS)
+def test_an_option_of_mask_without_effect_is_an_error(
+    tmp_path: Path, tool: Any, tokenizer_file: Path, options: str
+) -> None:
+    digest = Tokenizer.load(tokenizer_file).digest
+    build(tmp_path / "a", CORPUS, tokenizer_digest=digest)
+    (tmp_path / "e.jsonl").write_text('{"text": "one two three"}')
+    before = sorted(tmp_path.iterdir())
+    given = options.format(e=tmp_path / "e.jsonl").split()
+    mask = ("mask", tmp_path / "a", "--name", "m", "--tokenizer", tokenizer_file)
+    code, out, err = tool(*mask, *given)
+    assert (code, out) == (1, "") and f"error: {MASK_ERRORS[options]}" in err.replace(
+        "error: contamination: ", "error: "
+    )
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_mask_looks_for_runs_of_any_length(tmp_path: Path, tool: Any, tokenizer_file: Path) -> None:
+    tokenizer = Tokenizer.load(tokenizer_file)
+    build(tmp_path / "a", CORPUS, tokenizer_digest=tokenizer.digest, min_tokens=1)
+    leak = max(CORPUS, key=len)[:-1]
+    (tmp_path / "e.jsonl").write_text(json.dumps({"q": tokenizer.decode(leak)}))
+    mask = ("mask", tmp_path / "a", "--name", "m", "--tokenizer", tokenizer_file)
+    leaks = ("--decontaminate", tmp_path / "e.jsonl", "--text-key", "q")
+    code, out, err = tool(*mask, *leaks, "--ngram-words", len(leak))
+    assert code == 0, err
+    assert "contamination: 1 left out" in out
+    assert mask_command._SETTINGS["ngram_words"][0] == contamination.NGRAM_WORDS
+
+
+@pytest.mark.parametrize(
+    "command", ["inspect", "verify", "merge", "split", "adopt", "mask", "when", "where"]
+)
 def test_each_command_teaches_with_an_example(
     tool: Any, command: str, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,9 +70,10 @@ def adopt(
 
     Args:    prefix: path without `.idx`, as `find_prefix` takes it. tokenizer: that the data was
              made with. min_tokens: documents with at least so many, without their end-of-document
-             id, are eligible. vocab_size: ids are below it; None: the tokenizer's.
+             id, are eligible. vocab_size: ids are below it; None: the tokenizer's. It may be
+             padded, but no id may lie in the padding: no text and no row of the model is there.
              watch: told of the progress.
-    Returns: the manifest.
+    Returns: the manifest; its vocab_size is the tokenizer's, below which every id was found.
     Raises:  ValueError if the dataset has a manifest already, its index cannot be true, an id is
              out of range, or some documents end with the tokenizer's eod and others do not. Then
              nothing is written.
@@ -95,7 +96,7 @@ def adopt(
         assert isinstance(data, LocalBytes)  # `find_prefix` takes no URL
         layout = _checked_layout(prefix, data)
         scan = _scan(layout, data, tokenizer, vocab_size, folder / "documents.arrows", watch)
-        manifest = _stage(folder, layout, scan, tokenizer, vocab_size, min_tokens)
+        manifest = _stage(folder, layout, scan, tokenizer, min_tokens)
         for suffix in _MADE:
             (folder / f"dataset{suffix}").replace(part_path(prefix, suffix))
         sync(prefix.parent)
@@ -127,15 +128,16 @@ def _scan(
     watch: Watch,
 ) -> _Scan:
     """Check every token, write the provenance stream."""
+    size = min(vocab_size, tokenizer.vocab_size)
     digest, ended, unended = xxhash.xxh3_128(), 0, -1
     with open(stream, "wb") as output:
         output.write(schema_of().serialize())
         for piece in read_pieces(layout, data, first=0, last=layout.documents):
-            problem = id_problem(piece, vocab_size=vocab_size)
+            problem = id_problem(piece, vocab_size=size)
             if problem is not None:
                 raise ValueError(
-                    f"{data.name}: document {problem.document} {problem.text}; give the tokenizer "
-                    "that the data was made with, or its padded vocabulary size"
+                    f"{data.name}: document {problem.document} {problem.text}; "
+                    + _id_remedy(vocab_size, tokenizer.vocab_size)
                 )
             tokens = piece.tokens.view(np.uint8).data
             digest.update(tokens)
@@ -156,12 +158,21 @@ def _scan(
     return _Scan(digest.hexdigest(), ended, unended)
 
 
+def _id_remedy(given: int, of_tokenizer: int) -> str:
+    """What to do about an id that is not below both sizes of the vocabulary."""
+    if given < of_tokenizer:
+        return f"--vocab-size is {given}, the tokenizer has {of_tokenizer} ids; leave it out"
+    padding = f"no text has an id from {of_tokenizer} on, --vocab-size {given} only pads; "
+    return (
+        f"{padding if given > of_tokenizer else ''}give the tokenizer that the data was made with"
+    )
+
+
 def _stage(
     folder: Path,
     layout: Layout,
     scan: _Scan,
     tokenizer: Tokenizer,
-    vocab_size: int,
     min_tokens: int,
 ) -> Manifest:
     """The new parts in the working folder, on the disk."""
@@ -185,7 +196,7 @@ def _stage(
         tokens=layout.end // layout.itemsize,
         dtype="uint16" if layout.header.dtype == np.uint16 else "int32",
         tokenizer_digest=tokenizer.digest,
-        vocab_size=vocab_size,
+        vocab_size=tokenizer.vocab_size,
         eod=tokenizer.eod,
         append_eod=append_eod,
         bad_records=0,

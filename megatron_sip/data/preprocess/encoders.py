@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_sip.data.panics import panics_told
 from megatron_sip.data.tokenizer import Tokenizer
 
 CHECK_EVERY = 1024  # texts
@@ -126,7 +127,8 @@ def fast_encoder(path: Path) -> tuple[Encoder | None, str]:
         else ("gigatoken", GigatokenEncoder)
     )
     try:
-        return kind(path), ""
+        with panics_told("it panicked"):
+            return kind(path), ""
     except (ImportError, PackageNotFoundError):
         return None, f"{name} is not installed (pip install {name} makes this several times faster)"
     except (ValueError, RuntimeError, TypeError, KeyError, OSError) as error:

@@ -7,11 +7,12 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 from fsspec.implementations.local import LocalFileSystem
 
 from megatron_sip.data import storage
+from megatron_sip.data.store_errors import store_errors
 
 _LOGGER = logging.getLogger(__name__)
 Kind = Literal["jsonl", "txt", "parquet", "arrow"]
@@ -38,21 +39,35 @@ def expand_inputs(patterns: Sequence[str], *, follow_links: bool = False) -> lis
     each file once.
 
     Args:   follow_links: read links that lead out of the folder or pattern they lie in.
-    Raises: ValueError if a pattern matches no file, a named file is of no known kind or empty, or
-            a link leads out.
+    Raises: ValueError if a pattern matches no file or cannot be read (wrong credentials), a named
+            file is of no known kind or empty, or a link leads out.
     """
     found: dict[str, InputFile] = {}
     for pattern in patterns:
         files, path = file_system(pattern)
-        names = list(_matches(files, path))
-        if not names:
-            raise ValueError(f"--input {pattern!r} matches no file; check path and quotes")
-        for name, inside in names:
-            if isinstance(files, LocalFileSystem):
-                _check_link(Path(name), Path(inside) if inside and not follow_links else None)
-            url = name if isinstance(files, LocalFileSystem) else files.unstrip_protocol(name)
-            found[url] = _input_file(url, int(files.size(name) or 0))
+        with store_errors(f"--input {pattern}"):
+            names = list(_matches(files, path))
+            if not names:
+                _tell_nothing(files, path, pattern)
+            for name, inside in names:
+                if isinstance(files, LocalFileSystem):
+                    _check_link(Path(name), Path(inside) if inside and not follow_links else None)
+                url = name if isinstance(files, LocalFileSystem) else files.unstrip_protocol(name)
+                found[url] = _input_file(url, int(files.size(name) or 0))
     return [found[url] for url in sorted(found)]
+
+
+def _tell_nothing(files: Any, path: str, pattern: str) -> NoReturn:
+    """Raises: ValueError for a pattern that matches nothing, the store's error if it has one."""
+    is_there = True
+    try:
+        storage.list_folder(files, path)
+    except FileNotFoundError:
+        is_there = False
+    text = f"--input {pattern!r} matches no file; check path and quotes"
+    if not is_there and not isinstance(files, LocalFileSystem):
+        text += ": there is no such bucket or folder"
+    raise ValueError(text)
 
 
 def file_system(pattern: str) -> tuple[Any, str]:

@@ -6,9 +6,7 @@ after it is cut off when the run goes on, and made again: the result is the same
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_sip.data.folder_lock import locked_folder
 from megatron_sip.data.preprocess.bad_records import BadRecords
 from megatron_sip.data.preprocess.records import Cursor
 from megatron_sip.data.staged_dataset import Position
@@ -94,8 +93,7 @@ def working_folder(output_prefix: Path, *, resume: bool) -> Iterator[Path]:
             `resume` is not given.
     """
     folder = output_prefix.with_name(output_prefix.name + ".partial")
-    folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked_folder(folder):
         try:
             if (folder / "journal.json").is_file() and not resume:
                 raise ValueError(
@@ -108,19 +106,3 @@ def working_folder(output_prefix: Path, *, resume: bool) -> Iterator[Path]:
             if not (folder / "journal.json").is_file():
                 shutil.rmtree(folder, ignore_errors=True)
             raise
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """The folder for this process alone. Raises: ValueError if another has it; its files stay."""
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise ValueError(
-            f"{folder}: another process is making this dataset; wait for it, or give another "
-            "--output-prefix"
-        ) from None
-    finally:
-        os.close(lock)

@@ -85,24 +85,20 @@ def preprocess(inputs: Sequence[str], settings: Settings) -> dict[str, Manifest]
     _check_kept(settings.kept)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallelism
     files = expand_inputs(inputs, follow_links=settings.follow_links)
-    with ExitStack() as stack:
-        tokenizer = Tokenizer.load(settings.tokenizer)
-        pool = stack.enter_context(_pool(settings, tokenizer, exact=settings.exact))
-        identity = _identity(files, settings, tokenizer)
-        folder = stack.enter_context(
-            journal.working_folder(settings.output_prefix, resume=settings.resume)
-        )
-        progress = journal.load(folder, identity=identity) or journal.Progress(exact=settings.exact)
-        if progress.exact == settings.exact:
-            try:
+    tokenizer = Tokenizer.load(settings.tokenizer)
+    identity = _identity(files, settings, tokenizer)
+    with journal.working_folder(settings.output_prefix, resume=settings.resume) as folder:
+        progress = journal.load(folder, identity=identity) or journal.Progress()
+        progress.exact = progress.exact or settings.exact
+        try:
+            with _pool(settings, tokenizer, exact=progress.exact) as pool:
                 return _Run(files, settings, tokenizer, folder, identity, progress, pool).make()
-            except WrongBackendError as error:
-                _LOGGER.warning("%s; beginning anew with the exact tokenizer", error)
-                journal.remove(folder)
-                progress = journal.Progress()
-        progress.exact = True
-        exact_pool = stack.enter_context(_pool(settings, tokenizer, exact=True))
-        return _Run(files, settings, tokenizer, folder, identity, progress, exact_pool).make()
+        except WrongBackendError as error:
+            _LOGGER.warning("%s; beginning anew with the exact tokenizer", error)
+        journal.remove(folder)
+        progress = journal.Progress(exact=True)
+        with _pool(settings, tokenizer, exact=True) as pool:
+            return _Run(files, settings, tokenizer, folder, identity, progress, pool).make()
 
 
 @contextmanager

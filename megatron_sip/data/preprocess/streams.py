@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 
 from megatron_sip.data.preprocess.inputs import InputFile, file_system
+from megatron_sip.data.store_errors import read_errors
 
 _MAX_EXPANSION = 250  # decompressed by compressed; text reaches 10 to 30
 _FREE_EXPANSION = 1 << 26  # bytes that any file may have
@@ -31,9 +32,9 @@ def check_expansion(file: InputFile, found: int) -> None:
 
 @contextmanager
 def open_raw(file: InputFile) -> Iterator[Any]:
-    """The file's own bytes."""
+    """The file's own bytes. Raises: ValueError in the block if the disk or store fails there."""
     files, path = file_system(file.url)
-    with files.open(path, "rb") as raw:
+    with read_errors(file.url), files.open(path, "rb") as raw:
         yield raw
 
 

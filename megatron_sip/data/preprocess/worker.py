@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import xxhash
 
+from megatron_sip.data.panics import panics_told
 from megatron_sip.data.preprocess.encoders import (
     CHECK_EVERY,
     Checked,
@@ -133,7 +134,8 @@ class BlockEncoder:
     def _named_failures(self) -> Iterator[None]:
         """Raises: WrongBackendError for what a fast backend raises."""
         try:
-            yield
+            with panics_told("it panicked"):
+                yield
         except Exception as error:
             if not self.is_fast:
                 raise

@@ -3,7 +3,8 @@
 Runs of 13 words are compared by 64-bit hashes: two different ones are taken for equal about once in
 10^13 comparisons with a million stored ones. An evaluation text shorter than a run is looked for
 whole if it has at least 8 words; a still shorter one cannot be told from ordinary language: it is
-counted and named in the report. A stored run costs about 100 bytes of memory.
+counted and named in the report. Where runs are of 8 words or fewer, no text is looked for whole. A
+stored run costs about 100 bytes of memory.
 
 Source: Brown et al., "Language Models are Few-Shot Learners", 2020, appendix C (13-grams).
 """
@@ -55,9 +56,9 @@ class EvaluationIndex:
 class Contamination:
     """The step of a selection.
 
-    Args:   files: evaluation files, see `read_evaluation`. ngram_words, min_words: words of a run,
-            and of the shortest text that is looked for whole.
-    Raises: ValueError as `index_texts` does, or if no file is given.
+    Args:   files: evaluation files, see `read_evaluation`. ngram_words: words of a run. min_words:
+            of the shortest text that is looked for whole; None: MIN_WORDS, but not more than a run.
+    Raises: ValueError as `index_texts` does, or if no file is given or a run has no word.
     """
 
     name = "contamination"
@@ -68,10 +69,16 @@ class Contamination:
         files: Sequence[EvaluationFile],
         *,
         ngram_words: int = NGRAM_WORDS,
-        min_words: int = MIN_WORDS,
+        min_words: int | None = None,
     ) -> None:
         if not files:
             raise ValueError("contamination: no evaluation file is given; give at least one")
+        if ngram_words < 1:
+            raise ValueError(
+                f"contamination: --ngram-words is {ngram_words}, but a run has 1 word or more; "
+                f"give {NGRAM_WORDS}, or another number"
+            )
+        min_words = min(MIN_WORDS, ngram_words) if min_words is None else min_words
         self.files, self.ngram_words, self.min_words = tuple(files), ngram_words, min_words
         self._num_texts = sum(len(file.texts) for file in files)
         texts = ((f.path, f"record {i}", text) for f in files for i, text in f.texts)
