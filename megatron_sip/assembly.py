@@ -107,10 +107,11 @@ def build_run(
     tokenizer: Tokenizer,
     datasets: dict[str, BlendedCorpus],
     console: Any,
+    stack: ExitStack,
     *,
     resume: bool,
 ) -> Run:
-    """Everything of this rank but servers."""
+    """Everything of this rank but servers; `stack` closes it."""
     identity = checkpoint_files.model_identity(
         config.model, vocab_size=tokenizer.vocab_size, tokenizer_digest=tokenizer.digest
     )
@@ -126,10 +127,12 @@ def build_run(
         digests |= corpus.identity(split)
     stats = curriculum.initial_stats(config.curriculum) if config.curriculum else {}
     timer = PhaseTimer(on_phase=console.phase)
-    reader = SampleReader(
-        sampler_of(config, datasets["train"], tokenizer, config.run.seed),
-        batch=config.data.global_batch_size,
-        steps=config.data.prefetch_steps,
+    reader = stack.enter_context(
+        SampleReader(
+            sampler_of(config, datasets["train"], tokenizer, config.run.seed),
+            batch=config.data.global_batch_size,
+            steps=config.data.prefetch_steps,
+        )
     )
     return Run(
         config=config,
@@ -170,11 +173,18 @@ def connect_servers(
     evaluators = build_evaluators(run, tokenizer, datasets)
     if config.run.task == "ntp":
         return evaluators
-    assert config.rollout is not None
+    assert config.rollout is not None and config.judge is not None
+    trust = config.judge.trust
     fleet, endpoints = start_servers(run, tokenizer, stack)
     if ranks.is_io:
         found = services.connect(
-            config, endpoints, tokenizer=tokenizer, train=datasets["train"], stack=stack
+            config,
+            endpoints,
+            tokenizer=tokenizer,
+            train=datasets["train"],
+            canaries=sampler_of(config, datasets["validation"], tokenizer, config.run.seed),
+            share=parallel.shard(trust.num_canaries, ranks).tolist() if trust else (),
+            stack=stack,
         )
         for evaluator in evaluators.values():
             evaluator.engine, evaluator.judge = found.engine, found.evaluation_judge
@@ -188,7 +198,9 @@ def connect_servers(
             timer=run.timer,
             seed=config.run.seed,
             min_candidate_tokens=max(1, config.data.suffix_tokens // 8),
+            guards=config.judge.guards,
             dp_size=ranks.dp_size,
+            watch=found.watch,
         )
         if run.replay_until > run.state.step:
             recorded = RecordedExperience(

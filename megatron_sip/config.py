@@ -1,8 +1,8 @@
 """The recipe's keys as frozen models. Every default lives here; no torch is imported.
 
 Unknown keys and wrong types are errors; rules that span sections stand in `config_rules*.py`, the
-sections [objective], [reference] and [metrics] in files of their own, and `recipe.py` reads files.
-Validation never assigns.
+sections [judge], [rewriter], [objective], [reference] and [metrics] in files of their own, and
+`recipe.py` reads files. Validation never assigns.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from megatron_sip.config_base import (
     PositiveInt,
     Section,
 )
+from megatron_sip.config_judge import Judge, Rewriter
 from megatron_sip.config_metrics import Metrics
 from megatron_sip.config_objective import Objective, Reference
 from megatron_sip.config_rules import broken_rules
@@ -193,10 +194,15 @@ class ConnectServer(Section):
     """http://host:port without a path."""
     model: str
     """Model name that the server must report."""
-    tokenizer: Path
-    """Folder with the server model's tokenizer.json and chat template."""
+    tokenizer: Path | None = None
+    """Folder with the server model's tokenizer.json and chat template. Only a server that is asked
+    for reasoned answers and nothing else can do without."""
     api_key_env: str = ""
     """Environment variable that holds the bearer token; empty: none (loopback only)."""
+    prompt_price: NonNegative = 0.0
+    """Money for 10^6 prompt tokens, in any currency."""
+    completion_price: NonNegative = 0.0
+    """Money for 10^6 tokens that it writes."""
 
 
 Server = Annotated[StartServer | ConnectServer, Field(discriminator="kind")]
@@ -225,83 +231,6 @@ class Rollout(Section):
     limited."""
     concurrency: PositiveInt = 64
     timeout_s: Positive = 300.0
-
-
-class LikelihoodCriterion(Section):
-    """Mean log-prob of the candidate under the judge model, nats a token."""
-
-    form: Literal["likelihood"]
-    name: str
-    server: str
-    weight: float = 1.0
-    prefix_tokens: PositiveInt = 2048
-    """Judge sees at most this many of the prefix's last policy tokens."""
-    white_space: bool = True
-    """Whether tokens of white space alone count; a paragraph break is an easy guess."""
-
-
-class PairwiseCriterion(Section):
-    """Which of two candidates is better, from label-token probabilities."""
-
-    form: Literal["pairwise"]
-    name: str
-    server: str
-    weight: float = 1.0
-    prompt: str
-    """Name of a file in megatron_sip/prompts."""
-
-
-class PointwiseCriterion(Section):
-    """Yes or no on one candidate, from label-token probabilities."""
-
-    form: Literal["pointwise"]
-    name: str
-    server: str
-    weight: float = 1.0
-    prompt: str
-
-
-class NoveltyCriterion(Section):
-    """Expected share of the candidate's word pairs that other texts do not hold, in [0, 1].
-
-    Asks no server. Beside a likelihood it keeps common phrases from being all that is learned.
-    """
-
-    form: Literal["novelty"]
-    name: str
-    weight: float = 1.0
-    pairs: PositiveInt = 4096
-    """Word pairs of the other texts; their frequencies are those of data.train."""
-
-
-AskedCriterion = LikelihoodCriterion | PairwiseCriterion | PointwiseCriterion
-Criterion = Annotated[AskedCriterion | NoveltyCriterion, Field(discriminator="form")]
-
-
-class Judge(Section):
-    criteria: tuple[Criterion, ...] = Field(min_length=1)
-    schedule: Literal["all_pairs"] = "all_pairs"
-    cache_dir: Path
-    """Verdicts and rewrites by content, kept across runs; a local disk."""
-    concurrency: PositiveInt = 16
-    """Questions in flight on one data-parallel rank."""
-    timeout_s: Positive = 120.0
-    """Deadline of one question, retries included."""
-    max_missing_rate: Fraction = 0.05
-    """Missing verdicts of one step above which the run stops."""
-
-
-class Rewriter(Section):
-    server: str
-    prompt: str
-    temperature: NonNegative = 0.7
-    top_p: Fraction = 0.95
-    prefix_tokens: PositiveInt = 2048
-    """Rewriter sees at most this many of the prefix's last policy tokens."""
-    max_tokens: PositiveInt
-    """Limit of the rewriter's own tokens; the result is cut to data.suffix_tokens."""
-    concurrency: PositiveInt = 16
-    timeout_s: Positive = 120.0
 
 
 class EmergentCurriculum(Section):

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
+from megatron_sip.config_judge import NoveltyCriterion
 from megatron_sip.config_rules_objective import reference_rules, source_rules
 
 if TYPE_CHECKING:
@@ -95,9 +96,10 @@ def _sip_rules(c: Config) -> list[tuple[bool, str]]:
     assert c.rollout and c.judge and c.curriculum
     users = {"rollout.server": c.rollout.server, "evaluation.server": c.evaluation.server}
     users |= {
-        f"judge.criteria[{i}].server": x.server
+        f"judge.criteria[{i}].server" + ("" if n == 0 else f"[{n}]"): name
         for i, x in enumerate(c.judge.criteria)
-        if x.form != "novelty"
+        if not isinstance(x, NoveltyCriterion)
+        for n, name in enumerate(x.servers)
     }
     if c.rewriter:
         users["rewriter.server"] = c.rewriter.server
@@ -115,6 +117,11 @@ def _sip_rules(c: Config) -> list[tuple[bool, str]]:
          "section"),
         (len({*names, "chosen", "rejected"}) == len(names) + 2,
          f'judge.criteria names must differ, and not be "chosen" or "rejected"; got {names}'),
+        (c.judge.limit.money is None
+         or any(s.prompt_price + s.completion_price for s in c.servers.values()
+                if s.kind == "connect"),
+         f"judge.limit.money is {c.judge.limit.money}, but no server has a price; give "
+         "servers.NAME.prompt_price and completion_price"),
         (c.evaluation.interval is None
          or c.evaluation.interval % c.rollout.sync_interval == 0,
          f"evaluation.interval {c.evaluation.interval} must be a multiple of "

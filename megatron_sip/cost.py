@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_sip.config import Config, StartServer
+from megatron_sip.config_judge import NoveltyCriterion
 from megatron_sip.explain.flops import causal_share, forward_flops, training_flops
 from megatron_sip.explain.hardware import peak_flops
 from megatron_sip.explain.shapes import Shape
@@ -73,7 +74,12 @@ def _servers_of_roles(config: Config) -> dict[str, set[str]]:
     return {
         "rollout": {config.rollout.server},
         "rewrite": {config.rewriter.server} if config.rewriter else set(),
-        "judge": {c.server for c in config.judge.criteria if c.form != "novelty"},
+        "judge": {
+            name
+            for c in config.judge.criteria
+            if not isinstance(c, NoveltyCriterion)
+            for name in c.servers
+        },
     }
 
 

@@ -7,6 +7,10 @@ class RunFailed(RuntimeError):
     """Something outside the program failed (a server, a judge, a check); the message says what."""
 
 
+class StepAbandoned(RunFailed):
+    """A step could not be made: raised on every rank, with what is trained so far as it was."""
+
+
 def refuse(problems: Sequence[str]) -> None:
     """Raises: ValueError telling all of `problems`, which were found before anything started."""
     if len(problems) == 1:

@@ -13,17 +13,22 @@ from typing import Protocol
 
 import numpy as np
 
+from megatron_sip.config_judge import Guards
 from megatron_sip.config_objective import Objective, needs_rewards
 from megatron_sip.data.sample_reader import SampleReader
 from megatron_sip.data.tokenizer import Tokenizer
+from megatron_sip.judge.guards import GUARDS
 from megatron_sip.judge.judge import Judge
+from megatron_sip.judge.pair_scores import order_consistency
+from megatron_sip.judge.scoring import vote_agreement
 from megatron_sip.learner import Means
 from megatron_sip.metrics import METRICS, PhaseTimer
 from megatron_sip.objectives import picks_of
 from megatron_sip.pool import assemble_pool, rollout_wins, suffix_candidate
 from megatron_sip.pool_store import PoolRecord, read_pools
-from megatron_sip.rewriter import Rewriter
+from megatron_sip.rewriting.rewriter import Rewriter
 from megatron_sip.rollout.vllm_engine import VllmEngine
+from megatron_sip.trust.look import Watch
 from megatron_sip.types import (
     Candidate,
     CandidatePool,
@@ -51,7 +56,8 @@ class Experience(Protocol):
 def no_rewards(num_candidates: int) -> PoolRewards:
     """Rewards of a pool that nobody judged."""
     nan = np.full(num_candidates, np.nan, np.float32)
-    return PoolRewards({}, nan, np.zeros(num_candidates, bool), 0)
+    no = np.zeros(num_candidates, bool)
+    return PoolRewards({}, nan, no, 0, no)
 
 
 @dataclass
@@ -86,7 +92,9 @@ class LiveExperience:
     timer: PhaseTimer
     seed: int
     min_candidate_tokens: int
+    guards: Guards
     dp_size: int
+    watch: Watch | None = None
 
     def make(self, plan, settings, *, step, first_sample, positions):
         with self.timer("sample"):
@@ -95,7 +103,7 @@ class LiveExperience:
             rollouts = self._rollouts(samples, plan, step)
         with self.timer("rewrite"):
             rewrites, means = self._rewrites(samples, plan)
-        pools, guarded = self._pools(samples, plan, rollouts, rewrites)
+        pools = self._pools(samples, plan, rollouts, rewrites)
         rewards, verdicts, judge_stats = self._judged(pools, settings)
         picks = picks_of(pools, rewards, settings, seed=self.seed)
         records = [
@@ -104,9 +112,12 @@ class LiveExperience:
                 positions, zip(pools, rewards, verdicts, picks, strict=True), strict=True
             )
         ]
-        means |= self._totals("pool", {"dropped": guarded})
+        means |= self._totals("pool", dropped(pools))
         means |= self._totals("judge", judge_stats)
         means |= rollout_means(rollouts)
+        if self.watch is not None and self.watch.is_due(step):
+            with self.timer("trust"):
+                means |= self.watch.look(step, records)
         return records, means
 
     def _totals(self, group: str, counts: Mapping[str, float]) -> Means:
@@ -148,21 +159,26 @@ class LiveExperience:
         plan: Plan,
         rollouts: Sequence[Sequence[Candidate]],
         rewrites: Sequence[Candidate | None],
-    ) -> tuple[list[CandidatePool], int]:
-        """Pools in the order suffix, rewrite, rollouts; and how many candidates were dropped."""
-        pools, guarded = [], 0
+    ) -> list[CandidatePool]:
+        """Pools in the order suffix, rewrite, rollouts."""
+        pools = []
         for sample, mine, rewrite in zip(samples, rollouts, rewrites, strict=True):
             prefix_text, suffix_text = self.tokenizer.continuation_text(
                 sample.prefix_ids, sample.suffix_ids
             )
             members = [suffix_candidate(sample, suffix_text)] if "suffix" in plan.sources else []
             members += [rewrite] if rewrite is not None else []
-            pool, left = assemble_pool(
-                sample, prefix_text, [*members, *mine], min_tokens=self.min_candidate_tokens
+            pools.append(
+                assemble_pool(
+                    sample,
+                    prefix_text,
+                    suffix_text,
+                    [*members, *mine],
+                    min_tokens=self.min_candidate_tokens,
+                    guards=self.guards,
+                )
             )
-            pools.append(pool)
-            guarded += left
-        return pools, guarded
+        return pools
 
 
 @dataclass
@@ -198,6 +214,12 @@ class ResumedExperience:
         )
 
 
+def dropped(pools: Sequence[CandidatePool]) -> dict[str, int]:
+    """Candidates that left their pools before judging, in all and by reason."""
+    reasons = [candidate.guard for pool in pools for candidate in pool.guarded]
+    return {"dropped": len(reasons)} | {f"dropped_{r}": reasons.count(r) for r in GUARDS}
+
+
 def rollout_means(rollouts: Sequence[Sequence[Candidate]]) -> Means:
     """Lengths of this replica's rollouts."""
     lengths = [len(c.token_ids) for of_sample in rollouts for c in of_sample]
@@ -224,11 +246,16 @@ def pool_means(records: Sequence[PoolRecord]) -> Means:
             if pick.weight > 0 and record.rewards.valid[pick.candidate]:
                 name = "rejected" if _is_lowered(pick) else "chosen"
                 add(f"reward/{name}", float(record.rewards.total[pick.candidate]))
-        if record.rewards.valid.any():
-            best = candidates[int(np.nanargmax(record.rewards.total))]
+        if record.rewards.passes.any():
+            totals = np.where(record.rewards.passes, record.rewards.total, -np.inf)
+            best = candidates[int(totals.argmax())]
             add("pool/rollout_chosen_rate", float(best.source == "rollout"))
             add("pool/rollout_chance_rate", record.pool.chance_rollout)
         add("pool/rollout_win_rate", *rollout_wins(record.pool, record.rewards))
+        add("judge/vote_agreement", *vote_agreement(record.verdicts))
+        for criterion in record.rewards.by_criterion:
+            mine = [v for v in record.verdicts if v.criterion == criterion]
+            add("judge/order_consistency", *order_consistency(mine))
         for criterion, scores in record.rewards.by_criterion.items():
             known = scores[~np.isnan(scores)]
             add(f"reward/{criterion}", float(known.sum()), len(known))

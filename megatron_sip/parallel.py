@@ -147,6 +147,15 @@ def maximum(value: float, platform: Platform) -> float:
     return box.item()
 
 
+def shared_failure(message: str, platform: Platform) -> str:
+    """The first of all ranks' messages, on every rank; "" if none has one."""
+    if not maximum(float(bool(message)), platform):
+        return ""
+    box: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(box, message)
+    return next(filter(None, box))
+
+
 def concatenated(values: np.ndarray) -> np.ndarray:
     """Every rank's `values` one after the other, in rank order, on every rank."""
     box: list[Any] = [None] * dist.get_world_size()

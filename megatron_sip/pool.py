@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
+from megatron_sip.config_judge import Guards
+from megatron_sip.judge.guards import guard
 from megatron_sip.types import Candidate, CandidatePool, PoolRewards, SipSample, Source
 
 
@@ -29,32 +32,42 @@ def suffix_candidate(sample: SipSample, text: str) -> Candidate:
 def assemble_pool(
     sample: SipSample,
     prefix_text: str,
+    suffix_text: str,
     candidates: Sequence[Candidate],
     *,
     min_tokens: int,
-) -> tuple[CandidatePool, int]:
-    """Join one prefix's candidates; those too short to judge leave before a question is paid.
+    guards: Guards,
+) -> CandidatePool:
+    """Join one prefix's candidates; those that a guard stops leave before a question is paid.
 
-    Args:    min_tokens: fewest tokens of a candidate (method 12: N / 8).
-    Returns: the pool, and how many candidates left it.
-    Raises:  ValueError if the pool would be empty.
+    Where none is left the original suffix is the pool, so that there is a row to train on.
+
+    Args:   suffix_text: text of the original suffix.
+            min_tokens: fewest tokens of a candidate (method 12: N / 8).
     """
-    kept = tuple(c for c in candidates if len(c.token_ids) >= min_tokens and c.text.strip())
-    if not kept:
-        raise ValueError(
-            f"sample {sample.sample_id}: all {len(candidates)} candidates are shorter than "
-            f"{min_tokens} tokens or blank; put the suffix into curriculum.sources"
+    marked = [
+        replace(
+            c,
+            guard=guard(
+                c.text, len(c.token_ids), prefix_text, min_tokens=min_tokens, settings=guards
+            ),
         )
+        for c in candidates
+    ]
+    kept = tuple(c for c in marked if not c.guard)
+    kept = kept or (suffix_candidate(sample, suffix_text),)
     chance = chance_of_rollout([c.source for c in kept])
-    return CandidatePool(sample, prefix_text, kept, chance), len(candidates) - len(kept)
+    return CandidatePool(sample, prefix_text, kept, chance, tuple(c for c in marked if c.guard))
 
 
 def rank(rewards: PoolRewards, *, seed: int, sample_id: int) -> list[int]:
     """Valid candidates by rising total reward; ties in an order drawn from (seed, sample).
 
-    Never by position in the pool, which would favour one source (method 12).
+    Those that a gate stops come before all that pass. Never by position in the pool, which would
+    favour one source (method 12).
     """
-    order = np.lexsort((_draws(len(rewards.valid), seed, sample_id), rewards.total))
+    draws = _draws(len(rewards.valid), seed, sample_id)
+    order = np.lexsort((draws, rewards.total, rewards.passes))
     return [int(i) for i in order if rewards.valid[i]]
 
 

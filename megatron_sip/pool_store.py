@@ -1,7 +1,8 @@
 """The ledger: every candidate of every committed step, as Parquet; what happened, replayable.
 
 One row is one candidate, read as it is by pandas or DuckDB; what belongs to the whole prefix is
-repeated in its rows. `verdicts` and `picks` of a candidate stand in its row (those of the sample
+repeated in its rows. A row with candidate -1 is one that left its pool before it was judged, with
+the reason in `guard`. `verdicts` and `picks` of a candidate stand in its row (those of the sample
 itself, candidate < 0, in the first), with `order`, their place in the pool's list. No pickle.
 """
 
@@ -22,17 +23,19 @@ import pyarrow.parquet as pq
 from megatron_sip.publish import atomic_write
 from megatron_sip.types import Candidate, CandidatePool, Pick, PoolRewards, SipSample, Verdict
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+_READ = (1, 2)  # 1: before gates, guards and both orders
 _I32, _I64, _F32, _F64, _TEXT = pa.int32(), pa.int64(), pa.float32(), pa.float64(), pa.string()
 _VERDICT = {"order": _I32, "criterion": _TEXT, "candidate": _I32, "opponent": _I32, "vote": _I32,
-            "score": _F64, "reply": _TEXT}  # fmt: skip
+            "score": _F64, "reply": _TEXT, "candidate_first": pa.bool_()}  # fmt: skip
 _PICK = {"order": _I32, "candidate": _I32, "role": _TEXT, "advantage": _F64, "weight": _F64}
 _COLUMNS = {
     "step": _I64, "position": _I64, "sample_id": _I64, "document_id": _I64, "cut": _I64,
     "prefix_ids": pa.list_(_I32), "suffix_ids": pa.list_(_I32), "prefix_text": _TEXT,
     "chance_rollout": _F64, "num_missing": _I64, "candidate": _I32, "source": _TEXT,
     "token_ids": pa.list_(_I32), "text": _TEXT, "logprobs": pa.list_(_F32),
-    "policy_version": _I64, "finish_reason": _TEXT, "reward": _F32, "valid": pa.bool_(),
+    "policy_version": _I64, "finish_reason": _TEXT, "guard": _TEXT, "reward": _F32,
+    "valid": pa.bool_(), "passes": pa.bool_(),
     "by_criterion": pa.list_(pa.struct({"name": _TEXT, "score": _F32})),
     "verdicts": pa.list_(pa.struct(_VERDICT)), "picks": pa.list_(pa.struct(_PICK)),
 }  # fmt: skip
@@ -152,15 +155,15 @@ def _digest(data: bytes) -> str:
 
 
 def _check_version(path: Path, found: Any) -> None:
-    if found != SCHEMA_VERSION:
+    if found not in _READ:
         raise ValueError(
-            f"{path}: schema version {found}, this release reads {SCHEMA_VERSION}; read it with "
-            "the release that wrote it"
+            f"{path}: schema version {found}, this release reads {' and '.join(map(str, _READ))}; "
+            "read it with the release that wrote it"
         )
 
 
 def _rows(record: PoolRecord, step: int) -> list[dict[str, Any]]:
-    """One row a candidate."""
+    """One row a candidate, then one for each that a guard stopped."""
     pool, rewards, number = record.pool, record.rewards, len(record.pool.candidates)
     named = [x.candidate for x in (*record.verdicts, *record.picks)]
     if record.step != step or not number or max(named, default=0) >= number:
@@ -179,10 +182,15 @@ def _rows(record: PoolRecord, step: int) -> list[dict[str, Any]]:
         {
             **shared, "candidate": c, **asdict(candidate),
             "reward": rewards.total[c], "valid": bool(rewards.valid[c]),
+            "passes": bool(rewards.passes[c]),
             "by_criterion": [{"name": name, "score": values[c]} for name, values in scores],
             "verdicts": _at_home(record.verdicts, c), "picks": _at_home(record.picks, c),
         }
         for c, candidate in enumerate(pool.candidates)
+    ] + [
+        {**shared, "candidate": -1, **asdict(candidate), "reward": None, "valid": False,
+         "passes": False, "by_criterion": [], "verdicts": [], "picks": []}
+        for candidate in pool.guarded
     ]  # fmt: skip
 
 
@@ -214,10 +222,9 @@ def _read_shard(path: Path, digest: str) -> list[PoolRecord]:
 
 
 def _record(rows: pa.Table) -> PoolRecord:
-    """The record whose candidates are `rows`."""
-
-    def arrays(name: str) -> list[np.ndarray]:
-        return [value.values.to_numpy().copy() for value in rows[name]]
+    """The record whose candidates, and those that left, are `rows`."""
+    number = int((rows["candidate"].to_numpy() >= 0).sum())
+    everyone, rows = _candidates(rows), rows.slice(0, number)
 
     def every(name: str) -> list[Any]:
         return rows[name].to_pylist()
@@ -225,25 +232,38 @@ def _record(rows: pa.Table) -> PoolRecord:
     def one(name: str) -> Any:
         return rows[name][0].as_py()
 
-    fields = ("source", "token_ids", "text", "logprobs", "policy_version", "finish_reason")
-    columns = [arrays(f) if f in ("token_ids", "logprobs") else every(f) for f in fields]
-    candidates = tuple(Candidate(*values) for values in zip(*columns, strict=True))
     sample = SipSample(
         sample_id=one("sample_id"), document_id=one("document_id"), cut=one("cut"),
         prefix_ids=rows["prefix_ids"][0].values.to_numpy().copy(),
         suffix_ids=rows["suffix_ids"][0].values.to_numpy().copy(),
     )  # fmt: skip
-    scores = every("by_criterion")
+    scores, valid = every("by_criterion"), np.array(every("valid"), bool)
     rewards = PoolRewards(
         by_criterion={
             item["name"]: np.array([row[i]["score"] for row in scores], np.float32)
             for i, item in enumerate(scores[0])
         },
         total=rows["reward"].to_numpy().copy(),
-        valid=np.array(every("valid"), bool),
+        valid=valid,
         num_missing=one("num_missing"),
+        passes=np.array(every("passes"), bool) if "passes" in rows.column_names else valid,
     )
     verdicts = tuple(Verdict(**item) for item in _in_order(every("verdicts")))
     picks = tuple(Pick(**item) for item in _in_order(every("picks")))
-    pool = CandidatePool(sample, one("prefix_text"), candidates, one("chance_rollout"))
+    pool = CandidatePool(
+        sample, one("prefix_text"), everyone[:number], one("chance_rollout"), everyone[number:]
+    )
     return PoolRecord(one("step"), one("position"), pool, rewards, verdicts, picks)
+
+
+def _candidates(rows: pa.Table) -> tuple[Candidate, ...]:
+    def arrays(name: str) -> list[np.ndarray]:
+        return [value.values.to_numpy().copy() for value in rows[name]]
+
+    fields = ("source", "token_ids", "text", "logprobs", "policy_version", "finish_reason", "guard")
+    columns = [
+        arrays(f) if f in ("token_ids", "logprobs") else rows[f].to_pylist()
+        for f in fields
+        if f in rows.column_names
+    ]
+    return tuple(Candidate(*values) for values in zip(*columns, strict=True))

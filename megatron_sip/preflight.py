@@ -17,26 +17,20 @@ from megatron_sip import checkpoint_files
 from megatron_sip.config import (
     Config,
     ConnectServer,
-    PairwiseCriterion,
-    PointwiseCriterion,
     StartServer,
     api_key,
 )
+from megatron_sip.config_judge import PromptedCriterion
 from megatron_sip.data.blended_corpus import open_corpus
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.errors import refuse
-from megatron_sip.judge.prompts import load_prompt
+from megatron_sip.judge.prompts import check_form, load_prompt
 from megatron_sip.pool_store import num_committed
 from megatron_sip.recipe_change import check_recipe
 from megatron_sip.run_dir import check_run_dir, refuse_secrets
 from megatron_sip.sinks.check import check_sinks
 
 SPLITS = ("train", "validation", "test")
-PLACEHOLDERS = {  # of the prompt that a form needs
-    "pairwise": {"option_1", "option_2"},
-    "pointwise": {"candidate"},
-    "rewriter": {"suffix"},
-}
 
 
 def check(
@@ -173,6 +167,8 @@ def _servers(config: Config) -> Iterator[str]:
     for name, server in config.servers.items():
         if isinstance(server, ConnectServer):
             yield from (f"servers.{name}.api_key_env: {m}" for m in _failures(api_key, server))
+            if server.tokenizer is None:
+                continue  # who needs it says so
             folder, key = server.tokenizer, f"servers.{name}.tokenizer"
         elif server.model == "policy":
             continue
@@ -238,26 +234,17 @@ def _check_length(server: StartServer, folder: Path) -> None:
 def _prompts(config: Config) -> Iterator[str]:
     """Whether each prompt exists and shows the model what its form is about."""
     assert config.judge is not None
-    users = {
-        f"judge.criteria[{i}].prompt": (c.form, c.prompt)
-        for i, c in enumerate(config.judge.criteria)
-        if isinstance(c, PairwiseCriterion | PointwiseCriterion)
-    }
+    for i, criterion in enumerate(config.judge.criteria):
+        if isinstance(criterion, PromptedCriterion):
+            found = _failures(_check_prompt, criterion.prompt, criterion.form)
+            yield from (f"judge.criteria[{i}].prompt: {message}" for message in found)
     if config.rewriter:
-        users["rewriter.prompt"] = ("rewriter", config.rewriter.prompt)
-    for key, (form, name) in users.items():
-        try:
-            prompt = load_prompt(name)
-        except ValueError as error:
-            yield f"{key}: {error}"
-            continue
-        labels = 0 if form == "rewriter" else 2
-        if not PLACEHOLDERS[form] <= prompt.placeholders or len(prompt.labels) != labels:
-            yield (
-                f'{key} "{name}" is not for {form}: it has placeholders '
-                f"{sorted(prompt.placeholders)} and {len(prompt.labels)} labels, {form} needs "
-                f"{sorted(PLACEHOLDERS[form])} and {labels}; name another prompt"
-            )
+        found = _failures(_check_prompt, config.rewriter.prompt, "rewrite")
+        yield from (f"rewriter.prompt: {message}" for message in found)
+
+
+def _check_prompt(name: str, form: str) -> None:
+    check_form(load_prompt(name), form)
 
 
 def _pools(config: Config, pools_dir: Path | None) -> Iterator[str]:

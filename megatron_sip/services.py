@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megatron_sip.config import (
     Config,
     ConnectServer,
-    Criterion,
-    LikelihoodCriterion,
     StartServer,
 )
+from megatron_sip.config_judge import Criterion, LikelihoodCriterion, NoveltyCriterion
 from megatron_sip.convert.huggingface import llama_config
 from megatron_sip.data.blended_corpus import BlendedCorpus
 from megatron_sip.data.frequencies import pair_frequencies
@@ -26,10 +26,11 @@ from megatron_sip.judge.novelty import Novelty
 from megatron_sip.judge.served_model import ServedModel, folder_digest
 from megatron_sip.judge.text_model import JudgeTokenizer
 from megatron_sip.platform import Platform
-from megatron_sip.rewriter import Rewriter
+from megatron_sip.rewriting.rewriter import Rewriter
 from megatron_sip.rollout.vllm_engine import VllmEngine
 from megatron_sip.serving.client import Endpoint
 from megatron_sip.serving.fleet import Fleet
+from megatron_sip.trust.look import Watch
 from megatron_sip.types import SipSample
 
 
@@ -41,6 +42,7 @@ class Services:
     judge: Judge
     evaluation_judge: Judge
     rewriter: Rewriter | None
+    watch: Watch | None
 
 
 def start_fleet(
@@ -83,9 +85,14 @@ def connect(
     *,
     tokenizer: Tokenizer,
     train: BlendedCorpus,
+    canaries: Any,
+    share: Sequence[int],
     stack: ExitStack,
 ) -> Services:
-    """Clients of all servers for one I/O rank."""
+    """Clients of all servers for one I/O rank.
+
+    Args: canaries: sampler of what judges are looked at with. share: this rank's part of a look.
+    """
     assert config.rollout is not None and config.judge is not None
     rollout = config.rollout
     engine = VllmEngine(
@@ -106,9 +113,13 @@ def connect(
         prefix_tokens=config.evaluation.prefix_tokens,
     )
     criteria = config.judge.criteria
-    used = {c.server for c in criteria if c.form != "novelty"} | {evaluation.server}
+    asked = [c for c in criteria if not isinstance(c, NoveltyCriterion)]
+    has_novelty = len(asked) < len(criteria)
+    if config.judge.trust and config.judge.trust.second:
+        asked.append(config.judge.trust.second)
+    used = {name for c in asked for name in c.servers} | {config.evaluation.server}
     novelty = None
-    if any(c.form == "novelty" for c in criteria):
+    if has_novelty:
         novelty = Novelty(pair_frequencies(train), tokenizer.eod)
     if config.rewriter:
         used.add(config.rewriter.server)
@@ -116,6 +127,9 @@ def connect(
 
     def prefix_text(sample: SipSample, num_tokens: int) -> str:
         return tokenizer.decode(sample.prefix_ids[-num_tokens:])
+
+    def suffix_text(sample: SipSample) -> str:
+        return tokenizer.continuation_text(sample.prefix_ids, sample.suffix_ids)[1]
 
     def make_judge(criteria: Sequence[Criterion]) -> Judge:
         assert config.judge is not None
@@ -125,7 +139,9 @@ def connect(
             cache=cache,
             settings=config.judge,
             prefix_text=prefix_text,
+            suffix_text=suffix_text,
             novelty=novelty,
+            run=str(config.run.dir),
         )
 
     rewriter = None
@@ -137,14 +153,28 @@ def connect(
             tokenizer=tokenizer,
             suffix_tokens=config.data.suffix_tokens,
         )
-    return Services(engine, make_judge(criteria), make_judge([evaluation]), rewriter)
+    watch = None
+    if config.judge.trust is not None:
+        watch = Watch(
+            config.judge.trust,
+            config.judge,
+            models,
+            canaries,
+            lambda sample: tokenizer.continuation_text(sample.prefix_ids, sample.suffix_ids),
+            prefix_text,
+            share,
+            config.run.seed,
+        )
+    return Services(engine, make_judge(criteria), make_judge([evaluation]), rewriter, watch)
 
 
 def served_model(config: Config, name: str, endpoint: Endpoint) -> ServedModel:
     """A text server of the recipe with its tokenizer and what names its weights."""
     server = config.servers[name]
     if isinstance(server, ConnectServer):
-        return ServedModel(endpoint, JudgeTokenizer(server.tokenizer), server.model)
+        tokenizer = JudgeTokenizer(server.tokenizer) if server.tokenizer else None
+        prices = server.prompt_price, server.completion_price
+        return ServedModel(endpoint, tokenizer, server.model, *prices)
     folder = Path(server.model)
     return ServedModel(endpoint, JudgeTokenizer(folder), folder_digest(folder))
 

@@ -14,17 +14,19 @@ from megatron_sip import curriculum
 from megatron_sip.config import Config
 from megatron_sip.console import StepConsole
 from megatron_sip.cost import step_flops
+from megatron_sip.errors import RunFailed, StepAbandoned
 from megatron_sip.exchange import WeightExchange
 from megatron_sip.experience import Experience, pool_means
 from megatron_sip.explain.shapes import policy_shape
 from megatron_sip.learner import Learner, Means, NotFinite, StepStopped
 from megatron_sip.metrics import PhaseTimer, reduce_means
 from megatron_sip.mismatch import mismatch_metrics
-from megatron_sip.parallel import Ranks, broadcast_rows, gather_objects, shard
+from megatron_sip.parallel import Ranks, broadcast_rows, gather_objects, shard, shared_failure
 from megatron_sip.platform import Platform
 from megatron_sip.pool_store import PoolRecord, commit_step, write_pools
 from megatron_sip.reference import scored_by_a_model, take_reference
 from megatron_sip.rows import make_micro_batches
+from megatron_sip.trust.band import breaches, watched
 from megatron_sip.types import Plan, TrainRows, TrainState
 
 log = logging.getLogger(__name__)
@@ -81,16 +83,26 @@ def plan_step(run: Run) -> Plan:
 
 
 def gather_experience(run: Run, plan: Plan, step: int) -> tuple[list[PoolRecord], Means]:
-    """Records of this replica's prompts on its I/O rank, nothing elsewhere."""
-    if run.experience is None:
-        return [], {}
-    records, means = run.experience.make(
-        plan,
-        curriculum.settings_of(run.config, plan),
-        step=step,
-        first_sample=run.state.consumed_samples,
-        positions=shard(run.config.data.global_batch_size, run.ranks),
-    )
+    """Records of this replica's prompts on its I/O rank, nothing elsewhere.
+
+    Raises: StepAbandoned on every rank if a server or judge failed a rank for good.
+    """
+    records, means, failure = [], {}, ""
+    if run.experience is not None:
+        try:
+            records, means = run.experience.make(
+                plan,
+                curriculum.settings_of(run.config, plan),
+                step=step,
+                first_sample=run.state.consumed_samples,
+                positions=shard(run.config.data.global_batch_size, run.ranks),
+            )
+        except RunFailed as error:
+            log.exception("step %d", step + 1)
+            failure = str(error)
+    if failure := shared_failure(failure, run.platform):
+        raise StepAbandoned(f"step {step + 1}: {failure}")
+    check_trust(run, means, step)
     means |= pool_means(records)
     version = run.state.policy_version
     lags = [
@@ -100,6 +112,24 @@ def gather_experience(run: Run, plan: Plan, step: int) -> tuple[list[PoolRecord]
     if lags:
         means["policy/lag"] = (float(sum(lags)), float(len(lags)))
     return records, means
+
+
+def check_trust(run: Run, means: Means, step: int) -> None:
+    """Raises: StepAbandoned on every rank if a look at the judges was outside its band."""
+    judge = run.config.judge
+    if judge is None or judge.trust is None or run.exchange is None or step < run.replay_until:
+        return
+    if step % judge.trust.interval == 0:
+        names = watched(judge.criteria)
+        mine = [value for name in names for value in means.get(name, (0.0, 0.0))]
+        sums = _sum_over_replicas(run, *mine)
+        found = zip(names, sums[::2], sums[1::2], strict=True)
+        wrong = breaches({name: total / n for name, total, n in found if n}, judge.trust)
+        if wrong:
+            raise StepAbandoned(
+                f"step {step + 1}: the judges cannot be believed: {'; '.join(wrong)}; see whether "
+                "the right model is served and suits its prompt, or lower the band"
+            )
 
 
 def share_rows(run: Run, records: list[PoolRecord]) -> list[TrainRows]:
@@ -173,7 +203,7 @@ def advance(run: Run, means: Means, *, skipped: bool) -> None:
     """
     state, stats = run.state, run.state.stats
     if run.config.curriculum is not None:
-        wins, compared = _sum_over_replicas(run, means.get("pool/rollout_win_rate", (0.0, 0.0)))
+        wins, compared = _sum_over_replicas(run, *means.get("pool/rollout_win_rate", (0.0, 0.0)))
         prompts = 0 if skipped else run.config.data.global_batch_size
         stats = curriculum.update(
             run.config.curriculum,
@@ -184,6 +214,7 @@ def advance(run: Run, means: Means, *, skipped: bool) -> None:
     run.state = replace(
         state,
         step=state.step + 1,
+        spent=_spent(run, means),
         consumed_samples=state.consumed_samples + run.config.data.global_batch_size,
         policy_version=state.policy_version + (not skipped),
         stats=stats,
@@ -192,14 +223,28 @@ def advance(run: Run, means: Means, *, skipped: bool) -> None:
     )
 
 
-def _sum_over_replicas(run: Run, pair: tuple[float, float]) -> tuple[float, float]:
-    """Sum of the I/O ranks' (sum, count) on every rank."""
+def _spent(run: Run, means: Means) -> dict[str, float]:
+    """What the run has spent on judges by now: questions, tokens, money."""
+    if run.config.judge is None:
+        return run.state.spent
+    groups = {
+        "questions": ("judge/paid",),
+        "tokens": ("judge/prompt_tokens", "judge/completion_tokens"),
+        "money": ("judge/money",),
+    }
+    mine = [sum(means.get(n, (0.0, 0.0))[0] for n in names) for names in groups.values()]
+    sums = zip(groups, _sum_over_replicas(run, *mine), strict=True)
+    return {name: run.state.spent.get(name, 0.0) + value for name, value in sums}
+
+
+def _sum_over_replicas(run: Run, *values: float) -> list[float]:
+    """Sums of the I/O ranks' values on every rank."""
     import torch.distributed as dist
 
-    mine = pair if run.ranks.is_io else (0.0, 0.0)
-    box = torch.tensor(mine, dtype=torch.float64, device=run.platform.device)
+    box = torch.tensor(values, dtype=torch.float64, device=run.platform.device)
+    box *= float(run.ranks.is_io)
     dist.all_reduce(box)
-    return float(box[0]), float(box[1])
+    return box.tolist()
 
 
 def sync_weights(run: Run) -> Means:
@@ -249,6 +294,7 @@ def report(run: Run, parts: list[tuple[Means, Means, Means, np.ndarray]]) -> dic
         metrics["rollout/tokens_per_s"] = generated / times["time/rollout_s"]
     if metrics.get("judge/verdicts") and times.get("time/judge_s"):
         metrics["judge/verdicts_per_s"] = metrics["judge/verdicts"] / times["time/judge_s"]
+    metrics |= {f"judge/spent_{name}": value for name, value in state.spent.items()}
     metrics["train/skipped_steps"] = float(state.skipped_steps)
     metrics["data/consumed_samples"] = float(state.consumed_samples)
     metrics["memory/host_peak_gib"] = run.platform.peak_memory_gib()

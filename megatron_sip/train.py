@@ -11,13 +11,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_sip import checkpoint, parallel
+from megatron_sip import checkpoint, checkpoint_files, parallel
 from megatron_sip.assembly import build_run, connect_servers, open_data
 from megatron_sip.checkpoint_files import prune
 from megatron_sip.config import Config
 from megatron_sip.console import Console, SilentConsole, setup_logging
 from megatron_sip.cost import used
-from megatron_sip.errors import refuse
+from megatron_sip.errors import RunFailed, StepAbandoned, refuse
 from megatron_sip.evaluation.evaluate import Evaluator, PolicyOutput, as_metrics, compare
 from megatron_sip.evaluation.saved import load_output, save_output, start_file
 from megatron_sip.explain.plan import explain
@@ -33,6 +33,7 @@ from megatron_sip.run_dir import create_run_dir, write_summary
 from megatron_sip.sinks.opening import open_logger
 from megatron_sip.sinks.progress import Progress
 from megatron_sip.step import Run, run_step
+from megatron_sip.trust.alarm import Alarm
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def train(config: Config, *, pools_dir: Path | None = None, resume: bool = False
         if ranks.is_main:
             console = Console(config.run.steps, title=f"{config.run.task}: {config.run.dir}")
         stack.enter_context(console)
-        run = build_run(config, platform, ranks, tokenizer, datasets, console, resume=resume)
+        run = build_run(config, platform, ranks, tokenizer, datasets, console, stack, resume=resume)
         if resume:
             restore(run)
         progress = Progress(lambda: run.timer.current)
@@ -142,10 +143,13 @@ def train_steps(
     """
     config = run.config
     run.timer.take()  # what came before the first step
+    trust = config.judge.trust if config.judge else None
+    alarm = Alarm(trust.window) if trust else None
     with StopRequest() as request:
         while run.state.step < config.run.steps:
             begun = time.perf_counter()
-            metrics = run_step(run)
+            refuse_to_spend(run)
+            metrics = make_step(run)
             signum = int(parallel.maximum(request.signum, run.platform))
             last = run.state.step == config.run.steps
             if signum:
@@ -156,6 +160,7 @@ def train_steps(
                 save(run)
             metrics |= run.timer.take() | {"time/step_s": time.perf_counter() - begun}
             if logger is not None:
+                metrics |= sound(run, alarm, metrics)
                 metrics |= used(
                     config, metrics,
                     servers=run.exchange is not None, device_name=run.platform.device_name(),
@@ -165,6 +170,46 @@ def train_steps(
                 run.console.step(run.state.step, metrics)
             if signum and not last:
                 raise Stopped(signum, step=run.state.step)
+
+
+def sound(run: Run, alarm: Alarm | None, metrics: dict[str, float]) -> dict[str, float]:
+    """judge/alarm, and a word on the terminal where it is not 0."""
+    if alarm is None:
+        return {}
+    found = alarm.heard(metrics)
+    for sentence in found:
+        log.warning(sentence)
+        run.console.note(f"alarm: {sentence}")
+    return {"judge/alarm": float(len(found))}
+
+
+def make_step(run: Run) -> dict[str, float]:
+    """One step; if it cannot be made, what is trained so far is saved before the run stops."""
+    try:
+        return run_step(run)
+    except StepAbandoned:
+        save_once(run)
+        raise
+
+
+def refuse_to_spend(run: Run) -> None:
+    """Raises: RunFailed on every rank, after a checkpoint, once judge.limit is reached."""
+    limit = run.config.judge.limit.model_dump() if run.config.judge else {}
+    for name, most in limit.items():
+        spent = run.state.spent.get(name, 0.0)
+        if most is not None and spent >= most:
+            save_once(run)
+            raise RunFailed(
+                f"judge.limit.{name}: {spent:,.6g} are spent after step {run.state.step}, the "
+                f"limit is {most:,.6g}; raise it and go on with --resume"
+            )
+
+
+def save_once(run: Run) -> None:
+    """Checkpoint of the present state, if there is none."""
+    folder = checkpoint_files.step_folder(run.config.run.dir, run.state.step)
+    if run.state.step and not parallel.broadcast_object(checkpoint_files.is_complete(folder)):
+        save(run)
 
 
 def evaluate_now_and_then(

@@ -7,7 +7,7 @@ Q pairs. Token ids are the policy tokenizer's; log-probabilities are in nats.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -52,6 +52,7 @@ class Candidate:
     logprobs: np.ndarray  # float32[L] from the engine, nats; empty unless a rollout
     policy_version: int  # weights that made it; -1 unless a rollout
     finish_reason: str  # "stop", "length"; "data" for the suffix
+    guard: str = ""  # why no question about it is asked, such as "repetition"; "": none
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class CandidatePool:
     prefix_text: str
     candidates: tuple[Candidate, ...]  # C
     chance_rollout: float  # probability that a uniform pick is a rollout
+    guarded: tuple[Candidate, ...] = ()  # those that left before a question, their `guard` why
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Verdict:
     vote: int
     score: float | None  # None: no usable verdict (never 0 in its place)
     reply: str  # what the judge said, or why there is no score
+    candidate_first: bool = True  # order of presentation
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,7 @@ class PoolRewards:
     total: np.ndarray  # float32[C]; NaN where invalid
     valid: np.ndarray  # bool[C]
     num_missing: int
+    passes: np.ndarray  # bool[C]: valid and through every gate; only these are ever preferred
 
 
 @dataclass(frozen=True)
@@ -153,3 +157,4 @@ class TrainState:
     reference_version: int = -1  # policy version that the reference was taken of, -1: none yet
     skipped_steps: int = 0  # whose update was left out for want of finite numbers
     skipped_in_a_row: int = 0  # of them, the last ones without a gap
+    spent: dict[str, float] = field(default_factory=dict)  # on judges: questions, tokens, money

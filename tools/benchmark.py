@@ -13,6 +13,15 @@ import sys
 HELP = """benchmarks:
   dataset-start  first batch of 10^12 tokens in 10,000 files, and of 10^9 tokens against
                  Megatron-Core's GPTDataset; ratios speedup, first_batch_s
+  judge-attacks  attacks on SmolLM2 behind vLLM: shift of label verdicts against harmless texts,
+                 reasoned verdicts that get better; ratios label_structural, reasoned_better
+  judge-client   verdicts a second of a server that takes 50 ms, many questions in flight against
+                 one; ratio speedup
+  judge-schedules  gap between picked best and worst that a schedule keeps of all pairs, on
+                 simulated judges; ratios gap_share_mean, gap_share_worst, question_share
+  judge-tokens   prompt tokens that vLLM computes for a pool's verdicts, options first and all
+                 pairs against prefix first and adaptive; ratios prompt_tokens, layout, schedule,
+                 decoded_tokens
   loss-head      log-probs block by block against Megatron-Core's logits and cross entropy;
                  ratios memory, time_h256, time_h2048
   preprocess     text to .bin/.idx against a script of Megatron's form;

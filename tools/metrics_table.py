@@ -15,7 +15,14 @@ HEAD = """# Metrics
 
 | name | unit | meaning |
 |---|---|---|"""
-NAMES = {r"reward/[^/\s]+": "reward/CRITERION", r"time/[a-z][a-z0-9_]*_s": "time/PHASE_s"}
+NAMES = {
+    r"reward/[^/\s]+": "reward/CRITERION",
+    r"judge/canary_accuracy/[^/\s]+": "judge/canary_accuracy/CRITERION",
+    r"judge/canary_master_keys/[^/\s]+": "judge/canary_master_keys/CRITERION",
+    r"judge/canary_calibration/[^/\s]+": "judge/canary_calibration/CRITERION",
+    r"judge/canary_consistency/[^/\s]+": "judge/canary_consistency/CRITERION",
+    r"time/[a-z][a-z0-9_]*_s": "time/PHASE_s",
+}
 
 
 def _escape(text: str) -> str:

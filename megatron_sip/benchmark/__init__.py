@@ -13,7 +13,10 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-BENCHMARKS = ("dataset-start", "loss-head", "preprocess", "shared-prefix")
+BENCHMARKS = (
+    "dataset-start", "judge-attacks", "judge-client", "judge-schedules", "judge-tokens",
+    "loss-head", "preprocess", "shared-prefix",
+)  # fmt: skip
 
 
 def run(name: str) -> dict[str, Any]:

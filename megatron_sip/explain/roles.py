@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_sip.config import Config
+from megatron_sip.config_judge import AskedCriterion, NoveltyCriterion, PromptedCriterion
 from megatron_sip.evaluation.evaluate import NUM_CANDIDATES, Evaluator
 from megatron_sip.explain.flops import (
     Prompts,
@@ -101,7 +102,7 @@ def _judges(
     roles = []
     for criterion in config.judge.criteria if config.judge else ():
         count, name = work.verdicts[criterion.name], f"judge: {criterion.name}"
-        if criterion.form == "novelty":
+        if isinstance(criterion, NoveltyCriterion):
             roles.append(Role(name, TRAINER, 0, 0, 0, 0.0, 0.0))
             continue
         prompts = Prompts(
@@ -110,9 +111,18 @@ def _judges(
             shared_tokens=lengths.shared[name],
             pools=work.prompts,
             scores_prompt=criterion.form == "likelihood",
+            new_tokens=_written(criterion),
         )
-        roles.append(_served(name, criterion.server, served[criterion.server], prompts))
+        place = ", ".join(criterion.servers)
+        roles.append(_served(name, place, served[criterion.servers[0]], prompts))
     return roles
+
+
+def _written(criterion: AskedCriterion) -> int:
+    """Tokens that a judge writes for one verdict, at the most."""
+    if isinstance(criterion, PromptedCriterion) and criterion.answer.kind == "reasoned":
+        return criterion.answer.max_tokens
+    return 1
 
 
 def _evaluation(

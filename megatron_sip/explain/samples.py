@@ -10,11 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sip.assembly import open_data, sampler_of
-from megatron_sip.config import AskedCriterion, Config, LikelihoodCriterion
+from megatron_sip.config import Config
+from megatron_sip.config_judge import (
+    AskedCriterion,
+    GradedCriterion,
+    LikelihoodCriterion,
+    NoveltyCriterion,
+    PairwiseCriterion,
+    PointwiseCriterion,
+)
 from megatron_sip.data.tokenizer import Tokenizer
-from megatron_sip.judge.criteria import FORMS, Subject, UnusableReply
+from megatron_sip.judge.criteria import Subject, UnusableReply, fields_of
+from megatron_sip.judge.forms import form_of
 from megatron_sip.judge.prompts import Prompt, load_prompt
 from megatron_sip.judge.text_model import JudgeTokenizer
+from megatron_sip.rewriting.text import prompt_fields
 from megatron_sip.types import Question
 
 NUM_SAMPLES = 32
@@ -112,7 +122,7 @@ class _Asker:
     """One kind of request: a criterion, or the rewriter (no criterion)."""
 
     server: str
-    prefix_tokens: int | None  # of the prefix's last policy tokens; None: all
+    prefix_tokens: int | None  # of the prefix's last policy tokens; None: all of them
     prompt: Prompt | None
     criterion: AskedCriterion | None
     num_candidates: int  # that stand in the prompt
@@ -130,13 +140,14 @@ def _askers(config: Config) -> dict[str, _Asker]:
     askers = {}
     criteria = {f"judge: {c.name}": c for c in config.judge.criteria}
     for role, criterion in {**criteria, "evaluation: judge": evaluation}.items():
-        if criterion.form == "likelihood":
-            askers[role] = _Asker(criterion.server, criterion.prefix_tokens, None, criterion, 1)
-        elif criterion.form != "novelty":
+        if isinstance(criterion, PairwiseCriterion | PointwiseCriterion | GradedCriterion):
             askers[role] = _Asker(
-                criterion.server, None, load_prompt(criterion.prompt), criterion,
+                criterion.servers[0], None, load_prompt(criterion.prompt), criterion,
                 2 if criterion.form == "pairwise" else 1,
             )  # fmt: skip
+        elif not isinstance(criterion, NoveltyCriterion):
+            server, seen = criterion.servers[0], criterion.prefix_tokens
+            askers[role] = _Asker(server, seen, None, criterion, 1)
     if config.rewriter:
         askers["rewrite"] = _Asker(
             config.rewriter.server, config.rewriter.prefix_tokens,
@@ -148,6 +159,8 @@ def _askers(config: Config) -> dict[str, _Asker]:
 def _judge_tokenizer(config: Config, server: str) -> JudgeTokenizer | None:
     settings = config.servers[server]
     folder = settings.tokenizer if settings.kind == "connect" else Path(settings.model)
+    if folder is None:
+        return None
     try:
         return JudgeTokenizer(folder)
     except ValueError:
@@ -158,17 +171,23 @@ def _measured(
     asker: _Asker, sample: Any, tokenizer: Any, judge: JudgeTokenizer
 ) -> tuple[float, float] | None:
     """(prompt, its shared beginning) of one sample, the server's tokens; None if not asked."""
-    near = sample.prefix_ids[-(asker.prefix_tokens or len(sample.prefix_ids)) :]
+    longest = len(sample.prefix_ids) if asker.prefix_tokens is None else asker.prefix_tokens
+    near = sample.prefix_ids[max(0, len(sample.prefix_ids) - longest) :]
     prefix, suffix = tokenizer.continuation_text(near, sample.suffix_ids)
     if asker.criterion is None:
         assert asker.prompt is not None
-        fields = {"prefix": prefix, "suffix": suffix}
+        fields = prompt_fields(prefix, suffix, asker.prompt.placeholders)
         ids = judge.render(asker.prompt.messages, fields=fields, answer=asker.prompt.answer)
         return len(ids), 0.0
     question = Question(asker.criterion.name, 0, 1 if asker.num_candidates > 1 else -1, 0, True)
+    subject = Subject(prefix, suffix, suffix, suffix)
+    if asker.prompt is not None:
+        fields = fields_of(subject, question, asker.prompt)
+        ids = judge.render(asker.prompt.messages, fields=fields, answer=asker.prompt.answer)
+        return len(ids), float(_prefix_tokens(asker, prefix, judge))
     try:
-        request = FORMS[asker.criterion.form].build(
-            Subject(prefix, suffix, suffix),
+        request = form_of(asker.criterion).build(
+            subject,
             question=question,
             criterion=asker.criterion,
             tokenizer=judge,
@@ -176,7 +195,8 @@ def _measured(
         )
     except UnusableReply:  # nothing to score, such as white space alone
         return None
-    return len(request.body["prompt"]), float(_prefix_tokens(asker, prefix, judge))
+    ids = request.body.get("prompt") or request.body["input"]
+    return len(ids), float(_prefix_tokens(asker, prefix, judge))
 
 
 def _prefix_tokens(asker: _Asker, prefix: str, judge: JudgeTokenizer) -> int:
@@ -187,7 +207,7 @@ def _prefix_tokens(asker: _Asker, prefix: str, judge: JudgeTokenizer) -> int:
 def _assumed(asker: _Asker, config: Config) -> tuple[float, float]:
     """The same from the recipe's limits: one of the server's tokens for one of the policy's."""
     longest, words = config.data.prefix_tokens, 0
-    prefix = min(longest, asker.prefix_tokens or longest)
+    prefix = min(longest, longest if asker.prefix_tokens is None else asker.prefix_tokens)
     if asker.prompt is not None:
         words = sum(len(text) for _, text in asker.prompt.messages) + len(asker.prompt.answer)
         prefix *= "prefix" in asker.prompt.placeholders

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from megatron_sip.config import Config, ConnectServer, StartServer
+from megatron_sip.config_judge import NoveltyCriterion
 from megatron_sip.explain.shapes import Shape, folder_shape
 from megatron_sip.serving.server import server_command
 
@@ -44,7 +45,12 @@ def server_plans(config: Config, policy: Shape) -> tuple[ServerPlan, ...]:
 def _users(config: Config, name: str) -> tuple[str, ...]:
     assert config.rollout is not None and config.judge is not None
     pairs = [("rollout", config.rollout.server), ("evaluation", config.evaluation.server)]
-    pairs += [(f"judge: {c.name}", c.server) for c in config.judge.criteria if c.form != "novelty"]
+    pairs += [
+        (f"judge: {c.name}", server)
+        for c in config.judge.criteria
+        if not isinstance(c, NoveltyCriterion)
+        for server in c.servers
+    ]
     if config.rewriter:
         pairs.append(("rewrite", config.rewriter.server))
     return tuple(user for user, server in pairs if server == name)

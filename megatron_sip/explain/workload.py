@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from megatron_sip import curriculum
 from megatron_sip.config import Config
+from megatron_sip.config_judge import NoveltyCriterion
 from megatron_sip.config_objective import (
     GrpoObjective,
     Objective,
@@ -17,7 +18,7 @@ from megatron_sip.config_objective import (
 from megatron_sip.judge.schedules import next_questions
 from megatron_sip.platform import Platform
 from megatron_sip.rows import round_up, row_length
-from megatron_sip.types import Plan
+from megatron_sip.types import Plan, Verdict
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,21 @@ def rows_per_pool(settings: Objective, num_rollouts: int) -> int:
 
 
 def verdicts_per_pool(config: Config, candidates: int) -> dict[str, int]:
-    """Verdicts on one pool by criterion, counted on the schedule's own questions."""
+    """Verdicts on one pool by criterion, counted on the schedule's own questions; where these
+    depend on the verdicts, on those of a judge that sees ties."""
     if config.judge is None:
         return {}
-    asked = [c for c in config.judge.criteria if c.form != "novelty"]
-    questions = next_questions(config.judge.schedule, (), candidates, 0, criteria=asked)
-    found = Counter(q.criterion for q in questions)
+    judge = config.judge
+    asked = [c for c in judge.criteria if not isinstance(c, NoveltyCriterion)]
+    ties: list[Verdict] = []
+    while questions := next_questions(
+        judge.schedule, ties, candidates, 0, criteria=asked, both_orders=judge.both_orders
+    ):
+        ties += [
+            Verdict(q.criterion, q.candidate, q.opponent, q.vote, 0.5, "", q.candidate_first)
+            for q in questions
+        ]
+    found = Counter(v.criterion for v in ties)
     return {
         c.name: candidates if c.form == "novelty" else found[c.name] for c in config.judge.criteria
     }

@@ -1,18 +1,21 @@
 """How a question becomes a request, and how a reply becomes a score. Pure.
 
-A form is two functions: `build` makes the request to POST /v1/completions, `parse` reads its
-reply. Both read the model's probabilities in prefill, so nothing that a candidate says can be
-taken for a verdict. A reply that is odd in any way is `UnusableReply`, never a score.
+A form is two functions: `build` makes the request, `parse` reads its reply. The forms of this file
+read the model's probabilities in prefill, so nothing that a candidate says can be taken for a
+verdict; `reasoned.py` reads what the model wrote. A reply that is odd in any way is
+`UnusableReply`, never a score.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
-from megatron_sip import config
+from megatron_sip import config_judge
 from megatron_sip.judge.prompts import Prompt
 from megatron_sip.judge.text_model import JudgeTokenizer
 from megatron_sip.types import Question
@@ -31,6 +34,7 @@ class Subject:
     prefix: str  # what the criterion may see of the prefix
     candidate: str
     opponent: str = ""
+    suffix: str = ""  # how the text really goes on
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,12 @@ class Request:
 
     body: dict[str, Any]  # without model and seed
     scored: tuple[int, ...] = ()  # likelihood: places of the tokens in the prompt that count
-    label_ids: tuple[int, ...] = ()  # label forms: the first label's probability is the score
+    label_ids: tuple[int, ...] = ()  # of the possible verdicts, where probabilities are read
+    labels: tuple[str, ...] = ()  # the possible verdicts
+    values: tuple[float, ...] = ()  # the score of each
+    route: str = "/v1/completions"
+    output: int = 0  # classifier: which of the numbers it gives
+    is_sampled: bool = True  # whether the route takes a seed
 
 
 @dataclass(frozen=True)
@@ -48,14 +57,13 @@ class Form:
 
     build: Callable[..., Request]  # (subject, question, criterion, tokenizer, prompt)
     parse: Callable[[Mapping[str, Any], Request], float]
-    pairwise: bool = False
 
 
 def build_likelihood(
     subject: Subject,
     *,
     question: Question,
-    criterion: config.LikelihoodCriterion,
+    criterion: config_judge.LikelihoodCriterion,
     tokenizer: JudgeTokenizer,
     prompt: Prompt | None,
 ) -> Request:
@@ -77,25 +85,52 @@ def build_labels(
     subject: Subject,
     *,
     question: Question,
-    criterion: config.AskedCriterion,
+    criterion: config_judge.AskedCriterion,
     tokenizer: JudgeTokenizer,
     prompt: Prompt | None,
 ) -> Request:
     """The prompt, answered by one token, with the probabilities of the likeliest tokens."""
-    assert prompt is not None and len(prompt.labels) == 2
-    first, second = subject.candidate, subject.opponent
-    if not question.candidate_first:
-        first, second = second, first
-    fields = {"prefix": subject.prefix, "candidate": subject.candidate}
-    fields |= {"option_1": first, "option_2": second}
+    assert prompt is not None
     ids = tokenizer.render(
-        prompt.messages,
-        fields={name: fields[name] for name in prompt.placeholders},
-        answer=prompt.answer,
+        prompt.messages, fields=fields_of(subject, question, prompt), answer=prompt.answer
     )
     body = {"prompt": ids, "max_tokens": 1, "temperature": 0, "logprobs": TOP_LOGPROBS}
     body["return_tokens_as_token_ids"] = True
-    return Request(body, label_ids=tuple(tokenizer.label_id(label) for label in prompt.labels))
+    return Request(
+        body,
+        label_ids=tuple(tokenizer.label_id(label) for label in prompt.labels),
+        labels=prompt.labels,
+        values=prompt.values,
+    )
+
+
+def fields_of(subject: Subject, question: Question, prompt: Prompt) -> dict[str, str]:
+    """Text of each placeholder of a prompt; all but `nonce` is untrusted."""
+    first, second = subject.candidate, subject.opponent
+    if not question.candidate_first:
+        first, second = second, first
+    fields = {"prefix": subject.prefix, "candidate": subject.candidate, "suffix": subject.suffix}
+    fields |= {"option_1": first, "option_2": second}
+    shown = {name: fields[name] for name in prompt.placeholders - {"nonce"}}
+    if "nonce" in prompt.placeholders:
+        of = shown.get("prefix") or "".join(shown.values())
+        shown["nonce"] = nonce(of, avoid=tuple(shown.values()))
+    return shown
+
+
+def nonce(text: str, *, avoid: Sequence[str]) -> str:
+    """8 hex digits that mark where untrusted text begins and ends.
+
+    It depends on `text`, which all questions on one prefix have in common, so that their prompts
+    begin with the same tokens; nobody can write into a text the digest of what it is a part of.
+
+    Args: avoid: it stands in none of these.
+    """
+    for again in count():
+        digest = hashlib.blake2b(f"{again}\0{text}".encode(), digest_size=4).hexdigest()
+        if not any(digest in other for other in avoid):
+            return digest
+    raise AssertionError
 
 
 def parse_likelihood(reply: Mapping[str, Any], request: Request) -> float:
@@ -103,7 +138,7 @@ def parse_likelihood(reply: Mapping[str, Any], request: Request) -> float:
 
     Raises: UnusableReply if the reply does not hold one log-prob <= 0 for each of them.
     """
-    ids, rows = request.body["prompt"], _choice(reply).get("prompt_logprobs")
+    ids, rows = request.body["prompt"], only_choice(reply).get("prompt_logprobs")
     if not isinstance(rows, list) or len(rows) != len(ids):
         raise UnusableReply("the reply's prompt_logprobs do not match the prompt's length")
     values = []
@@ -115,12 +150,12 @@ def parse_likelihood(reply: Mapping[str, Any], request: Request) -> float:
 
 
 def parse_labels(reply: Mapping[str, Any], request: Request) -> float:
-    """P(first label) / (P(first label) + P(second label)), in [0, 1].
+    """sum of P(label) x value / sum of P(label), in [0, 1].
 
     A label that is not among the returned tokens counts as improbable, 0.
-    Raises: UnusableReply if neither is, or if the reply has another shape.
+    Raises: UnusableReply if none is, or if the reply has another shape.
     """
-    logprobs = _choice(reply).get("logprobs")
+    logprobs = only_choice(reply).get("logprobs")
     rows = logprobs.get("top_logprobs") if isinstance(logprobs, dict) else None
     if not isinstance(rows, list) or len(rows) != 1 or not isinstance(rows[0], dict):
         raise UnusableReply("the reply has no top_logprobs of one token")
@@ -129,10 +164,58 @@ def parse_labels(reply: Mapping[str, Any], request: Request) -> float:
     if sum(found) <= 0:
         likeliest = max(rows[0], key=lambda n: rows[0][n], default="none")
         raise UnusableReply(f"no label is among the likeliest tokens (likeliest: {likeliest!r})")
-    return found[0] / sum(found)
+    return math.fsum(p * v for p, v in zip(found, request.values, strict=True)) / sum(found)
 
 
-def _choice(reply: Mapping[str, Any]) -> dict[str, Any]:
+def build_classifier(
+    subject: Subject,
+    *,
+    question: Question,
+    criterion: config_judge.ClassifierCriterion,
+    tokenizer: JudgeTokenizer,
+    prompt: Prompt | None,
+) -> Request:
+    """Prefix and candidate as one text for a model that gives numbers.
+
+    Raises: UnusableReply if there is no text.
+    """
+    prefix = subject.prefix if criterion.prefix_tokens else ""
+    ids, _ = tokenizer.encode_continuation(prefix, continuation=subject.candidate)
+    if not subject.candidate or not ids:
+        raise UnusableReply("not asked: there is no continuation")
+    return Request(
+        {"input": ids}, route=f"/{criterion.route}", output=criterion.output, is_sampled=False
+    )
+
+
+def parse_classify(reply: Mapping[str, Any], request: Request) -> float:
+    """Probability of class `output`. Raises: UnusableReply if the reply has another shape."""
+    value = _output(reply, "probs", request)
+    if not 0 <= value <= 1:
+        raise UnusableReply(f"{value!r} is no probability")
+    return value
+
+
+def parse_pooling(reply: Mapping[str, Any], request: Request) -> float:
+    """Number at place `output`. Raises: UnusableReply if the reply has another shape."""
+    return _output(reply, "data", request)
+
+
+def _output(reply: Mapping[str, Any], key: str, request: Request) -> float:
+    entries = reply.get("data")
+    entry = entries[0] if isinstance(entries, list) and len(entries) == 1 else None
+    numbers = entry.get(key) if isinstance(entry, dict) else None
+    if not isinstance(numbers, list) or len(numbers) <= request.output:
+        raise UnusableReply(f"the reply has no {key} with a number at place {request.output}")
+    value = numbers[request.output]
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not math.isfinite(value):
+        raise UnusableReply(f"{value!r} is no number")
+    return float(value)
+
+
+def only_choice(reply: Mapping[str, Any]) -> dict[str, Any]:
+    """The reply's choice. Raises: UnusableReply if it has none or several."""
     choices = reply.get("choices")
     if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
         raise UnusableReply("the reply has not exactly one choice")
@@ -147,13 +230,6 @@ def _logprob(value: Any) -> float:
     return float(value)
 
 
-FORMS: dict[str, Form] = {
-    "likelihood": Form(build_likelihood, parse_likelihood),
-    "pairwise": Form(build_labels, parse_labels, pairwise=True),
-    "pointwise": Form(build_labels, parse_labels),
-}
-
-
-def is_pairwise(criterion: config.AskedCriterion) -> bool:
+def is_pairwise(criterion: config_judge.AskedCriterion) -> bool:
     """Whether the criterion compares two candidates."""
-    return FORMS[criterion.form].pairwise
+    return criterion.form == "pairwise"

@@ -18,8 +18,10 @@ class ServedModel:
     """A server together with the identity and tokenizer of the model that it serves."""
 
     endpoint: Endpoint
-    tokenizer: JudgeTokenizer
+    tokenizer: JudgeTokenizer | None  # None: it takes text alone
     model_digest: str  # of the weights where we have them, else of what is known of the model
+    prompt_price: float = 0.0  # of 10^6 prompt tokens
+    completion_price: float = 0.0  # of 10^6 tokens that it writes
 
 
 def folder_digest(folder: Path) -> str:

@@ -57,6 +57,8 @@ def select(
 ) -> list[tuple[Pick, ...]]:
     """Every rollout with its advantage; those without a valid reward, or contrast, are dead.
 
+    One that a gate stops is never made likelier: its advantage is 0 at most.
+
     Returns: for each pool its rollouts in the pool's order (one dead pick where it has none), then
              the suffix and the prefix if the recipe trains on them.
     """
@@ -66,6 +68,7 @@ def select(
         valid = [i for i in members if reward.valid[i]]
         found = advantages_of(reward.total[valid], settings)
         live = dict(zip(valid, found, strict=True)) if found is not None else {}
+        live = {i: a if reward.passes[i] else min(a, 0.0) for i, a in live.items()}
         samples = [Pick(i, "sample", float(live.get(i, 0.0)), float(i in live)) for i in members]
         picks.append((*(samples or [DEAD]), *side_picks(settings)))
     return picks

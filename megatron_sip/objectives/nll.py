@@ -57,17 +57,18 @@ def select_best(
     settings: RfNllObjective,
     order: Sequence[Sequence[int]],
 ) -> list[tuple[Pick, ...]]:
-    """argmax of the total reward over valid candidates; a pool without any is dead (method 5.3).
+    """argmax of the total reward over candidates that pass every gate; a pool without any is dead
+    (method 5.3).
 
     Args:    order: for each pool, its valid candidates by rising reward, ties broken by seed.
     Returns: for each pool its target, then the prefix if the recipe trains on it.
     """
     return [
         (
-            Pick(best[-1], "target", 0.0, 1.0) if best else DEAD,
+            Pick(best[-1], "target", 0.0, 1.0) if best and reward.passes[best[-1]] else DEAD,
             *prefix_pick(settings.prefix_weight),
         )
-        for best in order
+        for best, reward in zip(order, rewards, strict=True)
     ]
 
 

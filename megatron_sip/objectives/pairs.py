@@ -42,20 +42,27 @@ def select_best_and_worst(
     """Best with worst, second best with second worst, ... among `pair_sources` (method 5.4).
 
     Args:    order: for each pool, its valid candidates by rising reward, ties broken by seed.
-    Returns: for each pool the picks of `pairs_per_pool` pairs, dead ones (too few candidates, or
-             equal rewards) with weight 0, then the suffix and the prefix if the recipe trains
-             on them.
+    Returns: for each pool the picks of `pairs_per_pool` pairs, dead ones (too few candidates,
+             equal rewards, or none that passes the gates) with weight 0, then the suffix and the
+             prefix if the recipe trains on them.
     """
     picks = []
     for pool, reward, ranked in zip(pools, rewards, order, strict=True):
         allowed = [i for i in ranked if pool.candidates[i].source in settings.pair_sources]
         number = min(settings.pairs_per_pool, len(allowed) // 2)
         pairs = [
-            (allowed[-1 - q], allowed[q], bool(reward.total[allowed[-1 - q]] > reward.total[low]))
+            (allowed[-1 - q], low, _is_live(reward, allowed[-1 - q], low))
             for q, low in enumerate(allowed[:number])
         ]
         picks.append(pair_picks(pairs, settings, settings.pairs_per_pool))
     return picks
+
+
+def _is_live(reward: PoolRewards, chosen: int, rejected: int) -> bool:
+    """Whether one is better: it passes every gate, and the other does not or has less reward."""
+    if not reward.passes[chosen]:
+        return False
+    return bool(not reward.passes[rejected] or reward.total[chosen] > reward.total[rejected])
 
 
 def pair_term(

@@ -77,7 +77,7 @@ def exit_reason(code: int) -> str:
 
 
 def probe(url: str, *, model: str, api_key: str) -> str:
-    """Ask /health, then /v1/models, each within 2 s.
+    """Ask /health (services other than vLLM have none: 404), then /v1/models, each within 2 s.
 
     Args:
         url: http(s)://host:port.
@@ -88,7 +88,7 @@ def probe(url: str, *, model: str, api_key: str) -> str:
     """
     try:
         status, _ = _get(url, "/health", api_key)
-        if status != 200:
+        if status not in (200, 404):
             return f"GET /health: status {status}"
         status, body = _get(url, "/v1/models", api_key)
     except (OSError, http.client.HTTPException) as error:

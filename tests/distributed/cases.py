@@ -139,7 +139,7 @@ def pools_of(case: Case) -> tuple[list[CandidatePool], list[PoolRewards]]:
             total[:] = 0.5
         total = np.where(valid, total, np.nan).astype(np.float32)
         pools.append(CandidatePool(sample, "p", tuple(candidates), 0.5))
-        rewards.append(PoolRewards({}, total, valid, 0))
+        rewards.append(PoolRewards({}, total, valid, 0, valid))
     return pools, rewards
 
 

@@ -130,7 +130,7 @@ def micro_batches(ctx: Context, config: Config, vocab_size: int) -> list[TrainRo
         ]
         pools.append(CandidatePool(sample, "p", tuple(rollouts), 1.0))
         total = np.arange(count, dtype=np.float32)
-        rewards.append(PoolRewards({}, total, np.ones(count, bool), 0))
+        rewards.append(PoolRewards({}, total, np.ones(count, bool), 0, np.ones(count, bool)))
         order.append(list(range(count)))
     picks = OBJECTIVES[config.objective.name][0](pools, rewards, config.objective, order)
     length = row_length(data.prefix_tokens, data.suffix_tokens, 1)

@@ -12,8 +12,8 @@ from megatron_sip.pool_store import read_pools
 
 STEPS = 5
 CRITERIA = [
-    {"form": "pairwise", "name": "quality", "server": "judge", "prompt": "quality_pairwise_v1"},
-    {"form": "pointwise", "name": "safety", "server": "judge", "prompt": "safety_pointwise_v1"},
+    {"form": "pairwise", "name": "quality", "server": "judge", "prompt": "quality_pairwise_v2"},
+    {"form": "pointwise", "name": "safety", "server": "judge", "prompt": "safety_pointwise_v2"},
     {"form": "novelty", "name": "novelty", "weight": 0.1},
 ]
 STAGED = {
@@ -37,6 +37,9 @@ def staged(workplace, launch, pretrained):
         run__steps=STEPS,
         curriculum=STAGED,
         judge__criteria=CRITERIA,
+        judge__both_orders=0.0,  # this judge answers a position as much as a text
+        judge__guards={"hidden_characters": False},  # a random policy writes any byte
+        judge__trust={"interval": 2, "num_canaries": 3, "min_accuracy": 0.0},
         rollout__sync_interval=2,
         servers__judge__model=str(
             make_judge(workplace.folder / "label-judge", labels=("1", "2", "Yes", "No"))
@@ -78,6 +81,17 @@ def test_verdicts_of_a_real_server_are_probabilities_that_hang_on_the_text(stage
         assert record.rewards.by_criterion["quality"].sum() == pytest.approx(count / 2, abs=1e-5)
         assert (record.rewards.by_criterion["novelty"] > 0).all()
         assert record.rewards.num_missing == 0
+
+
+def test_judges_are_looked_at_every_other_step(staged):
+    for step, line in enumerate(staged.metrics()):
+        for name in ("accuracy/quality", "master_keys/quality", "consistency/quality"):
+            assert (f"judge/canary_{name}" in line) == (step % 2 == 0)
+            assert 0 <= line.get(f"judge/canary_{name}", 0) <= 1
+        assert ("judge/canary_accuracy/safety" in line) == (step % 2 == 0)
+        if line.get("judge/verdicts"):
+            assert line["judge/paid"] > 0 and line["judge/prompt_tokens"] > 100
+            assert line["judge/spent_questions"] >= line["judge/paid"]
 
 
 def test_rollouts_are_of_the_version_synced_last_and_the_end_policy_is_evaluated(staged):

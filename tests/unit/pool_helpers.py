@@ -29,7 +29,12 @@ def pool(of: SipSample, *candidates: Candidate) -> CandidatePool:
     return CandidatePool(of, "prefix", candidates, 0.5)
 
 
-def rewards(totals: Sequence[float], valid: Sequence[bool] | None = None) -> PoolRewards:
+def rewards(
+    totals: Sequence[float],
+    valid: Sequence[bool] | None = None,
+    passes: Sequence[bool] | None = None,
+) -> PoolRewards:
     """NaN is invalid."""
     total = np.float32(totals)
-    return PoolRewards({}, total, ~np.isnan(total) if valid is None else np.array(valid), 0)
+    known = ~np.isnan(total) if valid is None else np.array(valid)
+    return PoolRewards({}, total, known, 0, known if passes is None else np.array(passes))

@@ -41,7 +41,7 @@ def make_record(step: int, position: int, *, text: str = "") -> PoolRecord:
     total = np.array([reward_of(step, position, c) for c in range(4)], np.float32)
     sample = SipSample(100 * step + position, 3, 40, ids, ids)
     pool = CandidatePool(sample, f" prefix {step}.{position} {text}", candidates, 0.75)
-    rewards = PoolRewards({"likelihood": total - 12}, total, np.ones(4, bool), 0)
+    rewards = PoolRewards({"likelihood": total - 12}, total, np.ones(4, bool), 0, np.ones(4, bool))
     verdicts = (Verdict("likelihood", 0, -1, 0, -2.0, f"well said {text}"),)
     picks = (Pick(1, "chosen", 0.0, 1.0), Pick(3, "rejected", 0.0, 1.0))
     return PoolRecord(step, position, pool, rewards, verdicts, picks)

@@ -35,12 +35,14 @@ RESERVED = {
 
 # style section 8; a file may import its own layer and those before it
 LAYERS = {
-    1: ("types", "errors", "config", "config_base", "config_metrics", "config_objective",
-        "config_rules", "config_rules_objective", "recipe"),
+    1: ("types", "errors", "config", "config_base", "config_judge", "config_metrics",
+        "config_objective", "config_rules", "config_rules_objective", "recipe"),
     2: (
         "pool", "rows", "curriculum", "loss_head", "objectives.", "metrics", "data.permutation",
-        "judge.schedules", "judge.scoring", "judge.prompts", "judge.criteria",
-        "judge.text_model", "rewrite_text",
+        "judge.schedules.", "judge.pair_scores", "judge.scoring", "judge.prompts", "judge.criteria",
+        "judge.text_model", "judge.forms", "judge.reasoned", "judge.guards",
+        "judge.attacks", "judge.agreement", "trust.canaries", "trust.band", "trust.alarm",
+        "rewriting.text", "rewriting.phrases", "rewriting.acceptance",
         "evaluation.statistics", "convert.names", "rollout.digest",
         "cost", "mismatch", "explain.flops", "explain.hardware", "explain.shapes",
     ),

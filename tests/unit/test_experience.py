@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from pool_helpers import candidate, pool, rewards, sample
 
+from megatron_sip.config_judge import Guards
 from megatron_sip.config_objective import (
     DpoObjective,
     DpoRewriteObjective,
@@ -82,7 +83,7 @@ def experience(judge: Judge) -> LiveExperience:
         rewriter=SimpleNamespace(  # pyright: ignore[reportArgumentType]
             rewrite=lambda samples, **_: ([rewritten for _ in samples], {})
         ),
-        timer=PhaseTimer(), seed=1, min_candidate_tokens=1, dp_size=1,
+        timer=PhaseTimer(), seed=1, min_candidate_tokens=1, guards=Guards(), dp_size=1,
     )  # fmt: skip
 
 

@@ -4,22 +4,25 @@ import math
 import pytest
 from judge_helpers import labels_reply, likelihood_reply, make_model_folder
 
-from megatron_sip import config
+from megatron_sip import config_judge
 from megatron_sip.judge.criteria import (
-    FORMS,
+    Request,
     Subject,
     UnusableReply,
     build_labels,
     build_likelihood,
+    parse_classify,
     parse_labels,
     parse_likelihood,
+    parse_pooling,
 )
 from megatron_sip.judge.prompts import load_prompt
+from megatron_sip.judge.reasoned import parse_reasoned
 from megatron_sip.judge.text_model import JudgeTokenizer
 from megatron_sip.types import Question
 
 QUESTION = Question("c", 0, 1, 0, True)
-PAIRWISE = config.PairwiseCriterion(
+PAIRWISE = config_judge.PairwiseCriterion(
     form="pairwise", name="c", server="j", prompt="quality_pairwise_v1"
 )
 SWAPPED = Question("c", 0, 1, 0, False)
@@ -31,7 +34,9 @@ def tokenizer(tmp_path_factory):
 
 
 def likelihood(tokenizer, prefix="the world", text=" of words", **settings):
-    criterion = config.LikelihoodCriterion(form="likelihood", name="l", server="j", **settings)
+    criterion = config_judge.LikelihoodCriterion(
+        form="likelihood", name="l", server="j", **settings
+    )
     return build_likelihood(
         Subject(prefix, text),
         question=QUESTION,
@@ -117,11 +122,17 @@ def test_an_odd_log_prob_is_no_score(tokenizer, value):
         {"choices": [{"prompt_logprobs": "x", "logprobs": {"top_logprobs": [{}]}}]},
     ],
 )
-@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("form", ["likelihood", "labels", "classify", "pooling", "reasoned"])
 def test_a_reply_of_another_shape_is_no_score(tokenizer, reply, form):
-    request = likelihood(tokenizer) if form == "likelihood" else pairwise(tokenizer)
+    request, parse = {
+        "likelihood": (likelihood(tokenizer), parse_likelihood),
+        "labels": (pairwise(tokenizer), parse_labels),
+        "classify": (Request({}), parse_classify),
+        "pooling": (Request({}), parse_pooling),
+        "reasoned": (Request({}, labels=("1", "2"), values=(1.0, 0.0)), parse_reasoned),
+    }[form]
     with pytest.raises(UnusableReply):
-        FORMS[form].parse(reply, request)
+        parse(reply, request)
 
 
 def test_a_reply_about_other_tokens_is_no_score(tokenizer):

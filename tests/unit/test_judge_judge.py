@@ -13,17 +13,19 @@ from judge_helpers import (
     served,
 )
 
-from megatron_sip import config
+from megatron_sip import config_judge
 from megatron_sip.judge.cache import Cache
 from megatron_sip.judge.judge import Judge
 from megatron_sip.judge.servers import JudgeFailed
 from megatron_sip.judge.text_model import JudgeTokenizer
 
-LIKELIHOOD = config.LikelihoodCriterion(form="likelihood", name="l", server="j", prefix_tokens=3)
-PAIRWISE = config.PairwiseCriterion(
+LIKELIHOOD = config_judge.LikelihoodCriterion(
+    form="likelihood", name="l", server="j", prefix_tokens=3
+)
+PAIRWISE = config_judge.PairwiseCriterion(
     form="pairwise", name="q", server="j", prompt="quality_pairwise_v1"
 )
-POINTWISE = config.PointwiseCriterion(
+POINTWISE = config_judge.PointwiseCriterion(
     form="pointwise", name="s", server="j", prompt="safety_pointwise_v1"
 )
 
@@ -33,9 +35,13 @@ def folder(tmp_path_factory):
     return make_model_folder(tmp_path_factory.mktemp("model"))
 
 
-def make_judge(url, folder, cache_dir, *criteria, limit=1.0, timeout_s=5.0, model="judge"):
-    settings = config.Judge(
-        criteria=criteria, cache_dir=cache_dir, max_missing_rate=limit, timeout_s=timeout_s
+def make_judge(url, folder, cache_dir, *criteria, limit=1.0, timeout_s=5.0, model="judge", **more):
+    settings = config_judge.Judge(
+        criteria=criteria,
+        cache_dir=cache_dir,
+        max_missing_rate=limit,
+        timeout_s=timeout_s,
+        **{"outage_patience_s": 0.0, "both_orders": 0.0} | more,
     )
     return Judge(
         criteria,
@@ -43,6 +49,7 @@ def make_judge(url, folder, cache_dir, *criteria, limit=1.0, timeout_s=5.0, mode
         cache=Cache(cache_dir),
         settings=settings,
         prefix_text=lambda sample, num: f"last {num} of {sample.sample_id}",
+        suffix_text=lambda sample: f" suffix of {sample.sample_id}",
     )
 
 
@@ -195,5 +202,5 @@ def test_a_server_that_is_not_there_stops_the_call(folder, tmp_path):
 
 def test_a_prompt_that_does_not_fit_the_form_is_refused_at_the_start(folder, tmp_path):
     wrong = PAIRWISE.model_copy(update={"prompt": "safety_pointwise_v1"})
-    with pytest.raises(ValueError, match="does not fit the form pairwise"):
+    with pytest.raises(ValueError, match="is not for pairwise"):
         make_judge("http://h:1", folder, tmp_path, wrong)

@@ -11,15 +11,15 @@ from judge_helpers import likelihood_reply, make_model_folder, make_pool, script
 from pool_helpers import candidate
 from pool_helpers import pool as pool_of
 
-from megatron_sip import config
+from megatron_sip import config_judge
 from megatron_sip.data.frequencies import PairFrequencies, pair_frequencies
 from megatron_sip.judge.cache import Cache
 from megatron_sip.judge.judge import Judge
 from megatron_sip.judge.novelty import Novelty
 
 EOD = 1
-LIKELIHOOD = config.LikelihoodCriterion(form="likelihood", name="l", server="j")
-NOVELTY = config.NoveltyCriterion(form="novelty", name="r", weight=0.5)
+LIKELIHOOD = config_judge.LikelihoodCriterion(form="likelihood", name="l", server="j")
+NOVELTY = config_judge.NoveltyCriterion(form="novelty", name="r", weight=0.5)
 FREQUENCIES = PairFrequencies(np.array([3 * 600 + 4, 4 * 600 + 3]), np.array([6, 2]), 600)
 
 
@@ -76,8 +76,9 @@ def judge(url: str, folder: Path, novelty: Novelty | None) -> Judge:
         criteria,
         servers={"j": served(url, folder)},
         cache=Cache(folder / "cache"),
-        settings=config.Judge(criteria=criteria, cache_dir=folder / "cache"),
+        settings=config_judge.Judge(criteria=criteria, cache_dir=folder / "cache"),
         prefix_text=lambda sample, num: "prefix",
+        suffix_text=lambda sample: "suffix",
         novelty=novelty,
     )
 

@@ -15,7 +15,7 @@ def test_every_prompt_loads_with_known_placeholders(name):
 def test_the_prefix_comes_before_all_other_placeholders():
     for name in prompt_names():
         text = "\n".join(body for _, body in load_prompt(name).messages)
-        others = [text.index(f"${p}") for p in load_prompt(name).placeholders - {"prefix"}]
+        others = [text.index(f"${p}") for p in load_prompt(name).placeholders - {"prefix", "nonce"}]
         assert text.find("$prefix") < min(others)
 
 

@@ -3,13 +3,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sip.config import LikelihoodCriterion, PairwiseCriterion
+from megatron_sip.config_judge import AllPairs, LikelihoodCriterion, PairwiseCriterion
 from megatron_sip.judge.scoring import finite_or_missing, score_pool
 from megatron_sip.types import Verdict
 
 PAIR = PairwiseCriterion(
     form="pairwise", name="q", server="j", prompt="quality_pairwise_v1", weight=2.0
 )
+ALL_PAIRS = AllPairs(name="all_pairs")
 SINGLE = LikelihoodCriterion(form="likelihood", name="l", server="j", weight=0.5)
 
 
@@ -32,7 +33,7 @@ def pools(draw, missing=True):
 @given(pools(missing=False))
 def test_pairwise_scores_of_a_full_pool_sum_to_half_its_size(pool):
     num, verdicts = pool
-    rewards = score_pool(verdicts, num, (PAIR,))
+    rewards = score_pool(verdicts, num, (PAIR,), ALL_PAIRS)
     assert rewards.by_criterion["q"].sum() == pytest.approx(num / 2, rel=1e-5)
     assert rewards.valid.all() and rewards.num_missing == 0
 
@@ -49,7 +50,7 @@ def test_scores_permute_with_the_candidates(pool, random):
         for v in verdicts
     ]  # fmt: skip
     random.shuffle(moved)
-    before, after = (score_pool(x, num, (PAIR, SINGLE)) for x in (verdicts, moved))
+    before, after = (score_pool(x, num, (PAIR, SINGLE), ALL_PAIRS) for x in (verdicts, moved))
     np.testing.assert_allclose(after.total[order], before.total, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(after.valid[order], before.valid)
     assert after.num_missing == before.num_missing == sum(v.score is None for v in verdicts)
@@ -64,7 +65,7 @@ def test_who_is_named_first_in_a_verdict_does_not_matter(pool):
         else Verdict(v.criterion, v.opponent, v.candidate, v.vote, 1 - v.score, "")
         for v in verdicts
     ]  # fmt: skip
-    first, second = (score_pool(x, num, (PAIR, SINGLE)) for x in (verdicts, turned))
+    first, second = (score_pool(x, num, (PAIR, SINGLE), ALL_PAIRS) for x in (verdicts, turned))
     np.testing.assert_allclose(first.total, second.total, rtol=1e-5, atol=1e-6)
 
 
@@ -72,7 +73,7 @@ def test_who_is_named_first_in_a_verdict_does_not_matter(pool):
 @given(pools())
 def test_a_missing_verdict_never_enters_a_mean(pool):
     num, verdicts = pool
-    rewards = score_pool(verdicts, num, (PAIR, SINGLE))
+    rewards = score_pool(verdicts, num, (PAIR, SINGLE), ALL_PAIRS)
     for c in range(num):
         wins = [v.score for v in verdicts if v.criterion == "q" and v.candidate == c]
         wins += [
@@ -97,18 +98,18 @@ def test_totals_are_weighted_sums_by_hand():
         Verdict("l", 0, -1, 0, -2.0, ""),
         Verdict("l", 1, -1, 0, -1.0, ""),
     ]
-    rewards = score_pool(verdicts, 2, (PAIR, SINGLE))
+    rewards = score_pool(verdicts, 2, (PAIR, SINGLE), ALL_PAIRS)
     np.testing.assert_allclose(rewards.total, [2 * 0.8 - 1.0, 2 * 0.2 - 0.5], rtol=1e-6)
     assert rewards.total.dtype == np.float32
 
 
 def test_ties_stay_ties():
     verdicts = [Verdict("l", i, -1, 0, -1.5, "") for i in range(3)]
-    assert len(set(score_pool(verdicts, 3, (SINGLE,)).total)) == 1
+    assert len(set(score_pool(verdicts, 3, (SINGLE,), ALL_PAIRS).total)) == 1
 
 
 def test_a_pool_of_one_has_no_pairwise_score():
-    rewards = score_pool([], 1, (PAIR,))
+    rewards = score_pool([], 1, (PAIR,), ALL_PAIRS)
     assert not rewards.valid[0] and np.isnan(rewards.total[0])
 
 
@@ -118,10 +119,10 @@ def test_a_score_that_is_not_finite_is_a_missing_verdict(score):
         Verdict("q", 0, 1, 0, 0.75, ""), Verdict("q", 0, 2, 0, score, ""),
         Verdict("q", 1, 2, 0, 0.5, ""),
     ]  # fmt: skip
-    rewards = score_pool(verdicts, 3, (PAIR,))
+    rewards = score_pool(verdicts, 3, (PAIR,), ALL_PAIRS)
     np.testing.assert_allclose(rewards.by_criterion["q"], [0.75, (0.25 + 0.5) / 2, 0.5])
     assert rewards.num_missing == 1 and rewards.valid.all()
-    alone = score_pool([Verdict("l", 0, -1, 0, score, "")], 1, (SINGLE,))
+    alone = score_pool([Verdict("l", 0, -1, 0, score, "")], 1, (SINGLE,), ALL_PAIRS)
     assert not alone.valid[0] and np.isnan(alone.total[0]) and alone.num_missing == 1
     said = finite_or_missing(verdicts[1])
     assert said.score is None and said.reply == f"not usable: the score is {score}"
@@ -131,6 +132,6 @@ def test_a_score_that_is_not_finite_is_a_missing_verdict(score):
 def test_a_total_that_float32_cannot_hold_is_no_reward():
     heavy = SINGLE.model_copy(update={"weight": 1e38})
     verdicts = [Verdict("l", i, -1, 0, s, "") for i, s in enumerate((-1.0, -9.0))]
-    rewards = score_pool(verdicts, 2, (heavy,))
+    rewards = score_pool(verdicts, 2, (heavy,), ALL_PAIRS)
     assert rewards.valid.tolist() == [True, False]
     assert np.isfinite(rewards.total[0]) and np.isnan(rewards.total[1])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from objective_helpers import loss_of, picks_for
 from pool_helpers import candidate, pool, rewards, sample
 
-from megatron_sip.config import LikelihoodCriterion, PairwiseCriterion
+from megatron_sip.config_judge import AllPairs, LikelihoodCriterion, PairwiseCriterion
 from megatron_sip.config_objective import (
     DpoObjective,
     DpoRewriteObjective,
@@ -43,6 +43,8 @@ OBJECTIVES: list[Any] = [
 RANKED = [x for x in OBJECTIVES if x.name in ("rf_nll", "dpo", "simpo", "grpo")]
 few = settings(max_examples=60, deadline=None)
 
+ALL_PAIRS = AllPairs(name="all_pairs")
+
 
 @st.composite
 def pools(draw: Any, max_size: int = 4) -> tuple[list[CandidatePool], list[PoolRewards]]:
@@ -69,7 +71,7 @@ def pools(draw: Any, max_size: int = 4) -> tuple[list[CandidatePool], list[PoolR
 def shuffled(one: CandidatePool, of: PoolRewards, order: list[int]) -> tuple[Any, Any]:
     members = tuple(one.candidates[i] for i in order)
     return replace(one, candidates=members), replace(
-        of, total=of.total[order], valid=of.valid[order]
+        of, total=of.total[order], valid=of.valid[order], passes=of.passes[order]
     )
 
 
@@ -217,13 +219,13 @@ def test_rewards_of_a_pool_permute_with_its_candidates_and_drop_what_is_not_fini
     )
     for one in drawn[0]:
         count = len(one.candidates)
-        asked = next_questions("all_pairs", (), count, 3, criteria=criteria)
+        asked = next_questions(ALL_PAIRS, (), count, 3, criteria=criteria)
         scores = [random.choice([0.0, 0.5, 1.0, None, float("nan"), float("inf")]) for _ in asked]
         verdicts = [
             Verdict(q.criterion, q.candidate, q.opponent, q.vote, s, "")
             for q, s in zip(asked, scores, strict=True)
         ]
-        got = score_pool(verdicts, count, criteria)
+        got = score_pool(verdicts, count, criteria, ALL_PAIRS)
         assert np.isfinite(got.total[got.valid]).all() and np.isnan(got.total[~got.valid]).all()
         assert got.num_missing == sum(s is None or not np.isfinite(s) for s in scores)
         order = list(range(count))
@@ -234,6 +236,6 @@ def test_rewards_of_a_pool_permute_with_its_candidates_and_drop_what_is_not_fini
             else replace(v, candidate=order[v.candidate])
             for v in verdicts
         ]
-        again = score_pool(moved, count, criteria)
+        again = score_pool(moved, count, criteria, ALL_PAIRS)
         np.testing.assert_allclose(again.total[order], got.total, rtol=1e-6)
         np.testing.assert_array_equal(again.valid[order], got.valid)

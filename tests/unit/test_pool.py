@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from pool_helpers import candidate, pool, rewards, sample
 
+from megatron_sip.config_judge import Guards
 from megatron_sip.pool import (
     assemble_pool,
     chance_of_rollout,
@@ -29,21 +30,32 @@ def test_suffix_becomes_a_candidate_of_the_data() -> None:
     assert made.token_ids.tolist() == [4, 5] and len(made.logprobs) == 0
 
 
-def test_short_and_blank_candidates_leave_and_chance_counts_those_who_stay() -> None:
+def test_guarded_candidates_leave_with_their_reason_and_chance_counts_those_who_stay() -> None:
     members = [
         candidate((1, 2, 3), "suffix"),
         candidate((1, 2, 3)),
         candidate((1, 2)),
         candidate((1, 2, 3), text=" \n"),
     ]
-    made, left = assemble_pool(sample(), "prefix", members, min_tokens=3)
-    assert made.candidates == tuple(members[:2]) and left == 2
+    made = assemble_pool(sample(), "prefix", "words", members, min_tokens=3, guards=Guards())
+    assert made.candidates == tuple(members[:2])
+    assert [(c.guard, c.token_ids.tolist()) for c in made.guarded] == [
+        ("too_short", [1, 2]),
+        ("empty", [1, 2, 3]),
+    ]
     assert made.chance_rollout == 0.5
 
 
-def test_pool_of_nobody_is_an_error_that_names_the_sample() -> None:
-    with pytest.raises(ValueError, match="sample 7: all 1 candidates"):
-        assemble_pool(sample(7), "prefix", [candidate((1,))], min_tokens=2)
+def test_a_pool_of_nobody_holds_the_suffix_alone() -> None:
+    of = sample(7, suffix=(4, 5))
+    made = assemble_pool(of, "prefix", "words", [candidate((1,))], min_tokens=2, guards=Guards())
+    assert [(c.source, c.text) for c in made.candidates] == [("suffix", "words")]
+    assert len(made.guarded) == 1 and made.chance_rollout == 0.0
+
+
+def test_whom_a_gate_stops_ranks_below_all_that_pass() -> None:
+    made = rewards([0.5, 9.0, -1.0, 2.0], passes=[True, False, True, False])
+    assert rank(made, seed=1, sample_id=2) == [3, 1, 2, 0]
 
 
 def test_rank_rises_and_leaves_invalid_candidates_out() -> None:

@@ -41,10 +41,11 @@ def make_record(position: int, *, step: int = STEP) -> PoolRecord:
         total=np.array([np.nan, 0.1, 0.2], np.float32),
         valid=np.array([False, True, True]),
         num_missing=2,
+        passes=np.array([False, True, False]),
     )
     verdicts = (
         Verdict("safety", 2, -1, 0, 1 / 3, "yes"),
-        Verdict("safety", 0, 1, 1, None, "refused"),
+        Verdict("safety", 0, 1, 1, None, "refused", False),
         Verdict("likelihood", 2, -1, 0, 0.0, ""),
         Verdict("likelihood", 1, -1, 0, -1e300, ""),
     )
@@ -54,7 +55,13 @@ def make_record(position: int, *, step: int = STEP) -> PoolRecord:
         Pick(-2, "target", 0.0, 1.0),
         Pick(-1, "prefix", 0.0, 1.0),
     )
-    pool = CandidatePool(sample, f"prefix {position}", candidates, 2 / 3)
+    guarded = (
+        Candidate("rollout", np.array([4, 4], np.int32), "no no", odd[:2], 3, "stop", "repetition"),
+        Candidate(
+            "rollout", np.zeros(0, np.int32), "", np.zeros(0, np.float32), 3, "stop", "empty"
+        ),
+    )
+    pool = CandidatePool(sample, f"prefix {position}", candidates, 2 / 3, guarded[: position % 3])
     return PoolRecord(step, position, pool, rewards, verdicts, picks)
 
 
@@ -176,17 +183,44 @@ def test_other_schema_version_is_refused_in_marker_and_in_shard(tmp_path: Path) 
     pools = tmp_path / "pools"
     marker, shard = pools / "step_00000012.done", pools / "step_00000012.dp0.parquet"
     table = pq.ParquetFile(shard).read()
-    pq.write_table(table.replace_schema_metadata({"megatron_sip.pools": "2"}), shard)
+    pq.write_table(table.replace_schema_metadata({"megatron_sip.pools": "3"}), shard)
     marker.unlink()
     commit_step(tmp_path, STEP, num_shards=1)
-    with pytest.raises(ValueError, match=r"dp0\.parquet: schema version 2, this release reads 1"):
+    with pytest.raises(ValueError, match=r"dp0\.parquet: schema version 3, this release reads 1"):
         read_pools(pools, STEP, dp_rank=0, dp_size=1)
-    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"schema_version": 2}))
-    with pytest.raises(ValueError, match=r"done: schema version 2, this release reads 1"):
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"schema_version": 3}))
+    with pytest.raises(ValueError, match=r"done: schema version 3, this release reads 1"):
         read_pools(pools, STEP, dp_rank=0, dp_size=1)
     marker.write_text("{")
     with pytest.raises(ValueError, match=r"done: not valid JSON"):
         read_pools(pools, STEP, dp_rank=0, dp_size=1)
+
+
+def test_a_ledger_of_version_1_is_read_without_gates_guards_and_orders(tmp_path: Path) -> None:
+    records = record_step(tmp_path, dp_size=1)
+    pools = tmp_path / "pools"
+    marker, shard = pools / "step_00000012.done", pools / "step_00000012.dp0.parquet"
+    rows = [
+        {k: v for k, v in row.items() if k not in ("guard", "passes")}
+        | {"verdicts": [{k: x[k] for k in x if k != "candidate_first"} for x in row["verdicts"]]}
+        for row in pq.ParquetFile(shard).read().to_pylist()
+        if row["candidate"] >= 0
+    ]
+    old = pool_store.SCHEMA
+    for name in ("guard", "passes"):
+        old = old.remove(old.get_field_index(name))
+    verdict = {k: v for k, v in pool_store._VERDICT.items() if k != "candidate_first"}
+    field = pa.field("verdicts", pa.list_(pa.struct(verdict)))
+    old = old.set(old.get_field_index("verdicts"), field)
+    old = old.with_metadata({"megatron_sip.pools": "1"})
+    pq.write_table(pa.Table.from_pylist(rows, schema=old), shard)
+    marker.unlink()
+    commit_step(tmp_path, STEP, num_shards=1)
+    for was, now in zip(records, read_pools(pools, STEP, dp_rank=0, dp_size=1), strict=True):
+        assert_identical(now.rewards, replace(was.rewards, passes=was.rewards.valid))
+        assert_identical(now.pool, replace(was.pool, guarded=()))
+        assert [v.score for v in now.verdicts] == [v.score for v in was.verdicts]
+        assert all(v.candidate_first for v in now.verdicts)
 
 
 def test_foreign_parquet_has_no_schema_version(tmp_path: Path) -> None:

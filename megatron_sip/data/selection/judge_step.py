@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sip.config import Config, ConnectServer, PointwiseCriterion
+from megatron_sip.config import Config, ConnectServer
+from megatron_sip.config_judge import PointwiseCriterion
 from megatron_sip.data.selection.steps import Batch, Objection
 from megatron_sip.judge.cache import Cache
 from megatron_sip.judge.judge import Judge
@@ -127,13 +128,14 @@ def open_judge(
             f"--criterion {name!r} is no pointwise criterion of the recipe, which has "
             f"{', '.join(pointwise) or 'none'}"
         )
-    server = config.servers[criterion.server]
-    folders = {} if isinstance(server, ConnectServer) else {criterion.server: Path(server.model)}
+    name = criterion.servers[0]
+    server = config.servers[name]
+    folders = {} if isinstance(server, ConnectServer) else {name: Path(server.model)}
     log_dir.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         fleet = stack.enter_context(
             Fleet(
-                {criterion.server: server},
+                {name: server},
                 model_dirs=folders,
                 log_dir=log_dir,
                 platform_kind=config.platform.kind,
@@ -144,20 +146,21 @@ def open_judge(
         fleet.wait(on_wait)
         cache = Cache(config.judge.cache_dir)
         stack.callback(cache.close)
-        model = served_model(config, criterion.server, fleet.endpoints[criterion.server])
+        model = served_model(config, name, fleet.endpoints[name])
         prompt = load_prompt(criterion.prompt)
         yield (
             Judge(
-                [criterion],
-                servers={criterion.server: model},
+                [criterion.model_copy(update={"server": name})],
+                servers={name: model},
                 cache=cache,
                 settings=config.judge.model_copy(update={"max_missing_rate": 1.0}),
                 prefix_text=lambda sample, num_tokens: "",
+                suffix_text=lambda sample: "",
             ),
             {
                 "criterion": criterion.name,
                 "prompt": f"{prompt.name} {prompt.digest}",
                 "model": f"{model.endpoint.model} {model.model_digest}",
-                "tokenizer": model.tokenizer.digest,
+                "tokenizer": model.tokenizer.digest if model.tokenizer else "",
             },
         )

@@ -1,14 +1,16 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from judge_helpers import make_model_folder, scripted_server, served
 
-from megatron_sip import config
+from megatron_sip import config_judge
 from megatron_sip.judge.cache import Cache
-from megatron_sip.rewrite_text import clean_rewrite
-from megatron_sip.rewriter import Rewriter, RewriterFailed
+from megatron_sip.metrics import METRICS
+from megatron_sip.rewriting.rewriter import Rewriter, RewriterFailed
 from megatron_sip.types import SipSample
 
-SETTINGS = config.Rewriter(server="j", prompt="rewrite_v1", max_tokens=20, timeout_s=1.0)
+SETTINGS = config_judge.Rewriter(server="j", prompt="rewrite_v1", max_tokens=20, timeout_s=1.0)
 
 
 class Characters:
@@ -34,13 +36,13 @@ def folder(tmp_path_factory):
     return make_model_folder(tmp_path_factory.mktemp("model"))
 
 
-def make_rewriter(url, folder, cache_dir, tokenizer=None, **settings):
+def make_rewriter(url, folder, cache_dir, tokenizer=None, *, suffix_tokens=8, **settings):
     return Rewriter(
         SETTINGS.model_copy(update=settings),
         server=served(url, folder),
         cache=Cache(cache_dir),
         tokenizer=tokenizer or Characters(),
-        suffix_tokens=8,
+        suffix_tokens=suffix_tokens,
     )
 
 
@@ -135,38 +137,78 @@ def test_the_rewriter_sees_the_last_tokens_of_the_prefix_only(folder, tmp_path):
     assert "upon" in text and "Secret" not in text
 
 
-@pytest.mark.parametrize(
-    ("reply", "expected"),
-    [
-        ("a dream", " a dream"),
-        ("<<<\na dream\n>>>\nI hope you like it", " a dream"),
-        ('"a dream"', " a dream"),
-        ("“a dream”", " a dream"),
-        ("Here is a better continuation:\n\na dream", " a dream"),
-        ("Sure! Here's the rewritten text: a dream", " a dream"),
-        ("**Rewritten continuation:** a dream", " a dream"),
-        ("a dream\n\nThis continuation fits the style.", " a dream"),
-        ("a dream\n\nNote: I removed the insult.", " a dream"),
-        ("a\n\n\n\ndream", " a\n\ndream"),
-        ('"a" and "b"', ' "a" and "b"'),
-        ("As an AI language model I won't", ""),
-        ("I cannot help with this request", ""),
-        ("a time.\n", " a time.  "),
-        ("I can see the text: it is here", " I can see the text: it is here"),
-    ],
-)
-def test_cleaning(reply, expected):
-    assert clean_rewrite(reply, suffix=" a time.  ") == expected
-
-
-def test_cleaning_leaves_what_the_suffix_has_too():
-    assert (
-        clean_rewrite("I am sorry to say so", suffix="I am sorry to say") == "I am sorry to say so"
-    )
-    assert clean_rewrite('"Go!"', suffix='"Stop!"') == '"Go!"'
-    assert clean_rewrite("dream", suffix="time") == "dream"
-
-
 def test_a_prompt_without_suffix_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match=r"rewriter\.prompt is safety_pointwise_v1"):
         make_rewriter("http://h:1", folder, tmp_path, prompt="safety_pointwise_v1")
+
+
+@pytest.mark.parametrize(
+    ("reply", "unsafe", "reason"),
+    [
+        ("I'm sorry, but I cannot help with that.", None, "refusal"),
+        (" ", None, "empty"),
+        ("a d\u200bream", None, "not_text"),
+        ("ab", None, "too_short"),
+        ("a time ago", True, "unchanged_unsafe"),
+        ("a Once upon", None, "echoes_prefix"),
+    ],
+)
+def test_every_reason_is_counted_by_its_name_and_is_a_metric(
+    folder, tmp_path, reply, unsafe, reason
+):
+    with scripted_server(says(reply, "a dream.")) as url:
+        rewriter = make_rewriter(url, folder, tmp_path, concurrency=1, suffix_tokens=11)
+        samples = [sample(suffix=" a time ago"), sample("Not", " a time.")]
+        found, stats = rewriter.rewrite(samples, seed=1, unsafe=[unsafe, None])
+    assert found[0] is None and found[1] is not None
+    counts = {name: n for name, n in stats.items() if name.startswith("dropped_") and n}
+    assert counts == {f"dropped_{reason}": 1}
+    assert (stats["dropped"], stats["failed"], stats["rewrites"]) == (1, 0, 1)
+    assert all(f"rewrite/{name}" in METRICS for name in stats if name != "seconds")
+
+
+def test_the_second_prompt_shows_last_words_and_length_and_ends_at_its_mark(folder, tmp_path):
+    answer = says("long before all Once  upon\na dream.\n>>>\nThat is all.", "a dream.")
+    with scripted_server(answer) as url:
+        rewriter = make_rewriter(url, folder, tmp_path, prompt="rewrite_v2")
+        prefix = "It was long before all Once upon"
+        (candidate,), _ = rewriter.rewrite([sample(prefix)], seed=1)
+        rewriter = make_rewriter(url, folder, tmp_path, prompt="rewrite_v1")
+        rewriter.rewrite([sample(prefix)], seed=1)
+    assert candidate.text == " a dream"
+    text = served(url, folder).tokenizer._trusted.decode(answer.bodies[0]["prompt"])
+    assert text.count("long before all Once upon a time.\n") == 1
+    assert "about 2 words" in text and text.endswith("<<<")
+    assert text.index("last words are: long before all Once upon") > text.index("a time.")
+    assert [body["stop"] for body in answer.bodies] == [[">>>"], [">>>"]]
+
+
+def test_what_max_tokens_cut_ended_by_length(folder, tmp_path):
+    cut = {"choices": [{"text": "a drea", "finish_reason": "length"}]}
+    with scripted_server(lambda *_: cut) as url:
+        rewriter = make_rewriter(url, folder, tmp_path)
+        for _ in range(2):  # the second time from the cache
+            (candidate,), _ = rewriter.rewrite([sample()], seed=1)
+            assert (candidate.text, candidate.finish_reason) == (" a drea", "length")
+
+
+def test_equal_samples_of_one_call_are_paid_for_once(folder, tmp_path):
+    answer = says("a dream.")
+    with scripted_server(answer) as url:
+        found, stats = make_rewriter(url, folder, tmp_path).rewrite([sample()] * 3, seed=1)
+    assert len(answer.bodies) == 1 and all(found) and stats["rewrites"] == 3
+
+
+def test_a_reply_that_an_older_version_stored_is_read(folder, tmp_path):
+    rewriter = make_rewriter("http://127.0.0.1:9", folder, tmp_path)
+    rewriter._cache.put(rewriter._key(rewriter._body(sample())), "a dream.")
+    (candidate,), stats = rewriter.rewrite([sample()], seed=1)
+    assert candidate.text == " a dream" and stats["cache_hits"] == 1
+
+
+def test_a_server_without_tokenizer_is_refused(folder, tmp_path):
+    server = replace(served("http://h:1", folder), tokenizer=None)
+    with pytest.raises(ValueError, match=r"give servers\.j\.tokenizer"):
+        Rewriter(
+            SETTINGS, server=server, cache=Cache(tmp_path), tokenizer=Characters(), suffix_tokens=8
+        )

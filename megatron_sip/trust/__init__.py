@@ -1,0 +1,1 @@
+"""Whether judges can be believed: canaries, a second judge, an alarm."""
