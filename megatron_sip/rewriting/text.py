@@ -64,7 +64,8 @@ def clean_rewrite(reply: str, *, prefix: str, suffix: str) -> str:
     """
     text, original = reply.strip(), suffix.strip()
     if text != original:
-        text = _without(LABEL, text, original)
+        if not text.startswith(tuple(opening for opening, _ in MARKS)):
+            text = _without(LABEL, text, original)
         text = _without(LABEL, _unmarked(text, original), original).strip()
     if text != original:
         text = _without(COMMENT, text, original).strip()

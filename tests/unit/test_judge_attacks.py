@@ -144,7 +144,7 @@ def asked(model: Model, subject: Subject, form: str, *, first: bool) -> tuple[Re
 
 def nonce_in(text: str) -> str:
     """The first delimiter that the prompt names, before any untrusted text."""
-    found = re.search(r"from \[([0-9a-f]{8}) to", text)
+    found = re.search(r" \[([0-9a-f]{8}) (?:to|and) ", text)
     assert found is not None
     return found[1]
 

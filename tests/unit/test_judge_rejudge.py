@@ -96,7 +96,7 @@ def test_an_inverted_judge_agrees_with_nothing(tmp_path: Path, model: Path):
 
 @pytest.mark.parametrize(
     "schedule",
-    ['{ name = "pivot" }', '{ name = "bracket" }', '{ name = "adaptive", budget = 0.7 }'],
+    ['{ name = "pivot" }', '{ name = "bracket" }', '{ name = "random_pairs", opponents = 2 }'],
 )
 def test_a_cheaper_schedule_of_a_clear_judge_finds_the_same_best(
     tmp_path: Path, model: Path, schedule: str
