@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from megatron_sip.config_judge import NoveltyCriterion
+from megatron_sip.config_judge import NoveltyCriterion, PromptedCriterion
 from megatron_sip.config_rules_objective import reference_rules, source_rules
 
 if TYPE_CHECKING:
@@ -101,6 +101,9 @@ def _sip_rules(c: Config) -> list[tuple[bool, str]]:
         if not isinstance(x, NoveltyCriterion)
         for n, name in enumerate(x.servers)
     }
+    second = c.judge.trust.second if c.judge.trust else None
+    if second:
+        users |= {f"judge.trust.second.server[{n}]": x for n, x in enumerate(second.servers)}
     if c.rewriter:
         users["rewriter.server"] = c.rewriter.server
     rules = [
@@ -131,7 +134,7 @@ def _sip_rules(c: Config) -> list[tuple[bool, str]]:
         (c.rollout.weight_transfer != "shared_memory" or c.platform.kind == "cpu",
          'rollout.weight_transfer = "shared_memory" works on the CPU only; use "nccl"'),
     ]  # fmt: skip
-    rules += _server_rules(c)
+    rules += [*_server_rules(c), *_tokenizer_rules(c, users)]
     served = c.servers.get(c.rollout.server)
     if served is not None and served.kind == "start":
         head = c.model.hidden_size // c.model.num_attention_heads
@@ -146,6 +149,25 @@ def _sip_rules(c: Config) -> list[tuple[bool, str]]:
              f"least data.prefix_tokens + data.suffix_tokens = {row} and at most "
              f"model.max_sequence_length {limit}"))  # fmt: skip
     return rules + source_rules(c)
+
+
+def _tokenizer_rules(c: Config, users: dict[str, str]) -> Iterator[tuple[bool, str]]:
+    """Only a server that is asked for reasoned answers and nothing else can do without."""
+    assert c.rollout and c.judge
+    reasoned = {
+        f"judge.criteria[{i}].server" + ("" if n == 0 else f"[{n}]")
+        for i, criterion in enumerate(c.judge.criteria)
+        if isinstance(criterion, PromptedCriterion) and criterion.answer.kind == "reasoned"
+        for n in range(len(criterion.servers))
+    }
+    for key, name in users.items():
+        server = c.servers.get(name)
+        if server is not None and server.kind == "connect" and key not in reasoned:
+            yield (
+                server.tokenizer is not None or key == "rollout.server",
+                f"{key} sends token ids to servers.{name}, which has no tokenizer; give "
+                f"servers.{name}.tokenizer, or read verdicts from reasoned answers",
+            )
 
 
 def _server_rules(c: Config) -> list[tuple[bool, str]]:

@@ -24,6 +24,7 @@ from megatron_sip.config_judge import PromptedCriterion
 from megatron_sip.data.blended_corpus import open_corpus
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.errors import refuse
+from megatron_sip.judge.calibration import read_pairs
 from megatron_sip.judge.prompts import check_form, load_prompt
 from megatron_sip.pool_store import num_committed
 from megatron_sip.recipe_change import check_recipe
@@ -238,6 +239,13 @@ def _prompts(config: Config) -> Iterator[str]:
         if isinstance(criterion, PromptedCriterion):
             found = _failures(_check_prompt, criterion.prompt, criterion.form)
             yield from (f"judge.criteria[{i}].prompt: {message}" for message in found)
+    trust = config.judge.trust
+    if trust and isinstance(trust.second, PromptedCriterion):
+        found = _failures(_check_prompt, trust.second.prompt, trust.second.form)
+        yield from (f"judge.trust.second.prompt: {message}" for message in found)
+    if trust and trust.calibration:
+        found = _failures(read_pairs, trust.calibration)
+        yield from (f"judge.trust.calibration: {message}" for message in found)
     if config.rewriter:
         found = _failures(_check_prompt, config.rewriter.prompt, "rewrite")
         yield from (f"rewriter.prompt: {message}" for message in found)

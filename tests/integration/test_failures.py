@@ -92,6 +92,7 @@ def test_a_judge_that_fails_stops_the_run_and_gives_no_reward(workplace, launch,
         "servers__judge": judge,
         "curriculum__sources": ["suffix", "rollout"],
         "objective__pair_sources": ["rollout"],
+        "judge__outage_patience_s": 0.0,
     }
     without_rewriter = {k: v for k, v in SIP.items() if k != "rewriter"}
     run = one_rank(workplace, launch, without_rewriter, "badjudge", **changes)

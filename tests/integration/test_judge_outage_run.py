@@ -63,7 +63,6 @@ def test_a_run_waits_for_its_judge_stops_with_a_checkpoint_and_goes_on(
     with scripted_server(judge, model=str(workplace.judge)) as url:
         recipe = recipe_of(
             workplace, pretrained, "outage", url, judge__outage_patience_s=4.0,
-            judge__guards={"hidden_characters": False},
         )  # fmt: skip
         judge.fails_after = 2 * 4 + 2 * 4 * 4 + 3  # evaluation of the start, two steps, and a bit
         run = launch(recipe).wait()
@@ -95,7 +94,6 @@ def test_a_spend_limit_stops_with_a_checkpoint_and_a_higher_one_goes_on(
     with scripted_server(Judge(), model=str(workplace.judge)) as url:
         recipe = recipe_of(
             workplace, pretrained, "limit", url, judge__limit={"questions": 20},
-            judge__guards={"hidden_characters": False},
         )  # fmt: skip
         run = launch(recipe).wait()
         assert run.process.returncode != 0

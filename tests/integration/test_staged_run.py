@@ -38,7 +38,6 @@ def staged(workplace, launch, pretrained):
         curriculum=STAGED,
         judge__criteria=CRITERIA,
         judge__both_orders=0.0,  # this judge answers a position as much as a text
-        judge__guards={"hidden_characters": False},  # a random policy writes any byte
         judge__trust={"interval": 2, "num_canaries": 3, "min_accuracy": 0.0},
         rollout__sync_interval=2,
         servers__judge__model=str(

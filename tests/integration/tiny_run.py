@@ -60,7 +60,11 @@ SIP = {
         "weight_transfer": "shared_memory",
         "max_logprob_mismatch": 1e-3,
     },
-    "judge": {"criteria": [{"form": "likelihood", "name": "likelihood", "server": "judge"}]},
+    "judge": {
+        "criteria": [{"form": "likelihood", "name": "likelihood", "server": "judge"}],
+        # a policy that has learned nothing writes any byte, again and again
+        "guards": {"hidden_characters": False, "max_repeated": 1.0, "min_compressed": 0.0},
+    },
     "rewriter": {"server": "judge", "prompt": "rewrite_v1", "max_tokens": 24},
     "objective": {"name": "dpo", "suffix_weight": 1.0},
     "curriculum": {"kind": "emergent", "sources": ["suffix", "rewrite", "rollout"]},

@@ -292,3 +292,49 @@ def test_importing_the_config_imports_no_torch() -> None:
     loaded = set(done.stdout.split())
     assert "megatron_sip.config" in loaded
     assert not loaded & {"torch", "megatron", "vllm", "transformers"}
+
+
+API = 'servers.api={ kind = "connect", url = "http://127.0.0.1:1", model = "m" }'
+PROMPTED = '{ form = "pointwise", name = "a", server = "api", prompt = "safety_pointwise_v2"'
+
+
+def criteria(more: str) -> str:
+    return f"judge.criteria=[{PROMPTED}{more} }}]"
+
+
+def test_a_server_without_tokenizer_is_asked_for_reasoned_answers_only(sip: Path) -> None:
+    load_config(sip, (API, criteria(', answer = { kind = "reasoned" }')))
+    assert (
+        "judge.criteria[0].server sends token ids to servers.api, which has no tokenizer"
+        in refusal(sip, API, criteria(""))
+    )
+    second = 'judge.trust={ interval = 2, second = { form = "likelihood", name = "b", %s } }'
+    assert "judge.trust.second.server[0] sends token ids" in refusal(
+        sip, API, second % 'server = "api"'
+    )
+    assert 'judge.trust.second.server[1] names server "nobody"' in refusal(
+        sip, second % 'server = ["judge", "nobody"]'
+    )
+
+
+def test_a_limit_of_money_needs_a_price(sip: Path) -> None:
+    limit = "judge.limit={ money = 3.5 }"
+    assert "judge.limit.money is 3.5, but no server has a price" in refusal(sip, limit)
+    priced = API.replace(" }", ', tokenizer = "t", prompt_price = 0.1 }')
+    assert load_config(sip, (limit, priced)).judge is not None
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("judge.schedule", '{ name = "adaptive", budget = 0 }'),
+        ("judge.schedule", '{ name = "bracket", budget = 0.5 }'),
+        ("judge.schedule", '"all_pairs"'),
+        ("judge.both_orders", "1.5"),
+        ("judge.guards", "{ max_repeated = -0.1 }"),
+        ("judge.limit", "{ questions = 0 }"),
+        ("judge.trust", "{ interval = 0 }"),
+    ],
+)
+def test_wrong_settings_of_the_judge_are_named(sip: Path, key: str, value: str) -> None:
+    assert key in refusal(sip, f"{key}={value}")

@@ -3,8 +3,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_sip.config_judge import AllPairs, LikelihoodCriterion, PairwiseCriterion
-from megatron_sip.judge.scoring import finite_or_missing, score_pool
+from megatron_sip.config_judge import (
+    AllPairs,
+    LikelihoodCriterion,
+    PairwiseCriterion,
+    PointwiseCriterion,
+)
+from megatron_sip.judge.scoring import finite_or_missing, normalized, score_pool
 from megatron_sip.types import Verdict
 
 PAIR = PairwiseCriterion(
@@ -135,3 +140,54 @@ def test_a_total_that_float32_cannot_hold_is_no_reward():
     rewards = score_pool(verdicts, 2, (heavy,), ALL_PAIRS)
     assert rewards.valid.tolist() == [True, False]
     assert np.isfinite(rewards.total[0]) and np.isnan(rewards.total[1])
+
+
+# Gates and scales
+
+SAFE = PointwiseCriterion(
+    form="pointwise", name="s", server="j", prompt="safety_pointwise_v2", weight=0.0, gate=0.6
+)
+
+
+def test_a_gate_looks_at_the_score_and_leaves_the_total_alone():
+    verdicts = [Verdict("l", i, -1, 0, score, "") for i, score in enumerate([-1.0, -2.0, -3.0])]
+    verdicts += [Verdict("s", i, -1, 0, score, "") for i, score in enumerate([0.59, 0.6, None])]
+    rewards = score_pool(verdicts, 3, (SINGLE, SAFE), ALL_PAIRS)
+    np.testing.assert_array_equal(rewards.passes, [False, True, False])
+    np.testing.assert_array_equal(rewards.valid, [True, True, False])
+    np.testing.assert_array_equal(rewards.total, np.float32([-0.5, -1.0, np.nan]))
+
+
+@pytest.mark.parametrize(
+    ("scale", "expected"),
+    [
+        ("none", [3.0, 1.0, 1.0, np.nan, 7.0]),
+        ("rank", [2 / 3, 1 / 6, 1 / 6, np.nan, 1.0]),
+        ("standard", [0.0, -2 / 6**0.5, -2 / 6**0.5, np.nan, 4 / 6**0.5]),
+    ],
+)
+def test_scores_are_brought_to_a_scale_within_their_pool(scale, expected):
+    scores = np.array([3.0, 1.0, 1.0, np.nan, 7.0])
+    np.testing.assert_allclose(normalized(scores, scale), expected)
+    alone = {"none": 5.0, "rank": 0.5, "standard": 0.0}
+    assert normalized(np.array([5.0]), scale) == [alone[scale]]
+    assert np.isnan(normalized(np.array([np.nan]), scale)).all()
+
+
+@given(st.lists(st.integers(-4, 4), min_size=2, max_size=9))
+def test_ranks_are_the_mean_places_of_a_sorted_list(values):
+    found = normalized(np.array(values, float), "rank")
+    places = [
+        np.mean([i for i, v in enumerate(sorted(values)) if v == x]) / (len(values) - 1)
+        for x in values
+    ]
+    np.testing.assert_allclose(found, places)
+
+
+def test_the_scale_is_applied_before_the_weight_and_after_the_gate():
+    ranked = SINGLE.model_copy(update={"normalize": "rank", "gate": -2.5})
+    verdicts = [Verdict("l", i, -1, 0, score, "") for i, score in enumerate([-1.0, -2.0, -3.0])]
+    rewards = score_pool(verdicts, 3, (ranked,), ALL_PAIRS)
+    np.testing.assert_array_equal(rewards.total, [0.5, 0.25, 0.0])
+    np.testing.assert_array_equal(rewards.passes, [True, True, False])
+    np.testing.assert_array_equal(rewards.by_criterion["l"], [-1, -2, -3])
