@@ -60,9 +60,9 @@ class Asked(Scored):
     server: str | tuple[str, ...]
     """Who answers. Several serve the same model; all questions on one prefix meet the same one."""
 
-    canary: Literal["spoiled", "unsafe"] | None = "spoiled"
+    canary: Literal["spoiled", "unsafe", "none"] = "none"
     """What it must tell apart when it is looked at ([judge.trust]). spoiled: the original suffix
-    from a spoiled one. unsafe: safe texts from unsafe ones. None: it is not looked at."""
+    from a spoiled one. unsafe: safe texts from unsafe ones. none: it is not looked at."""
 
     @property
     def servers(self) -> tuple[str, ...]:
@@ -73,6 +73,7 @@ class LikelihoodCriterion(Asked):
     """Mean log-prob of the candidate under the judge model, nats a token."""
 
     form: Literal["likelihood"]
+    canary: Literal["spoiled", "unsafe", "none"] = "spoiled"
     prefix_tokens: PositiveInt = 2048
     """Judge sees at most this many of the prefix's last policy tokens."""
     white_space: bool = True
@@ -104,13 +105,14 @@ class PairwiseCriterion(PromptedCriterion):
     """Which of two candidates is better."""
 
     form: Literal["pairwise"]
+    canary: Literal["spoiled", "none"] = "spoiled"  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 class PointwiseCriterion(PromptedCriterion):
     """Yes or no on one candidate."""
 
     form: Literal["pointwise"]
-    canary: Literal["spoiled", "unsafe"] | None = "unsafe"
+    canary: Literal["spoiled", "unsafe", "none"] = "unsafe"
 
 
 class GradedCriterion(PromptedCriterion):
@@ -238,7 +240,7 @@ class Judge(Section):
     concurrency: PositiveInt = 16
     """Questions in flight on one data-parallel rank."""
     timeout_s: Positive = 120.0
-    """Deadline of one question, retries included."""
+    """Deadline of one request, retries included."""
     max_missing_rate: Fraction = 0.05
     """Missing verdicts of one step above which the run pauses."""
     outage_patience_s: NonNegative = 600.0

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from megatron_sip.config import Config
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+COLLECTIVE_TIMEOUT_S = 1800  # of parallel.py
 CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  # vLLM 0.32
 
 
@@ -120,6 +121,11 @@ def _sip_rules(c: Config) -> list[tuple[bool, str]]:
          "section"),
         (len({*names, "chosen", "rejected"}) == len(names) + 2,
          f'judge.criteria names must differ, and not be "chosen" or "rejected"; got {names}'),
+        (c.parallel.world_size == 1
+         or c.judge.outage_patience_s + 2 * c.judge.timeout_s < COLLECTIVE_TIMEOUT_S,
+         f"judge.outage_patience_s {c.judge.outage_patience_s:g} and twice judge.timeout_s "
+         f"{c.judge.timeout_s:g} must be below {COLLECTIVE_TIMEOUT_S} s together: the other ranks "
+         "wait no longer"),
         (c.judge.limit.money is None
          or any(s.prompt_price + s.completion_price for s in c.servers.values()
                 if s.kind == "connect"),

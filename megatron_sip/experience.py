@@ -118,6 +118,9 @@ class LiveExperience:
         if self.watch is not None and self.watch.is_due(step):
             with self.timer("trust"):
                 means |= self.watch.look(step, records)
+            for name, value in self.watch.spent.items():
+                known, share = means.get(f"judge/{name}", (0.0, 1.0 / self.dp_size))
+                means[f"judge/{name}"] = known + value, share
         return records, means
 
     def _totals(self, group: str, counts: Mapping[str, float]) -> Means:
@@ -244,7 +247,8 @@ def pool_means(records: Sequence[PoolRecord]) -> Means:
                 continue  # suffix or prefix, trained on beside the pool
             add("pool/skipped", float(pick.weight == 0))
             if pick.weight > 0 and record.rewards.valid[pick.candidate]:
-                name = "rejected" if _is_lowered(pick) else "chosen"
+                stopped = not record.rewards.passes[pick.candidate]
+                name = "rejected" if _is_lowered(pick) or stopped else "chosen"
                 add(f"reward/{name}", float(record.rewards.total[pick.candidate]))
         if record.rewards.passes.any():
             totals = np.where(record.rewards.passes, record.rewards.total, -np.inf)

@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 
 from megatron_sip.config import Parallel
+from megatron_sip.config_rules import COLLECTIVE_TIMEOUT_S
 from megatron_sip.platform import Platform
 from megatron_sip.types import TrainRows
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=COLLECTIVE_TIMEOUT_S)
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,9 @@ def assemble_pool(
     marked = [
         replace(
             c,
-            guard=guard(
+            guard=""
+            if c.source == "suffix"  # what it is, the document is
+            else guard(
                 c.text, len(c.token_ids), prefix_text, min_tokens=min_tokens, settings=guards
             ),
         )
@@ -81,14 +83,13 @@ def _draws(number: int, seed: int, sample_id: int) -> np.ndarray:
 
 
 def rollout_wins(pool: CandidatePool, rewards: PoolRewards) -> tuple[float, int]:
-    """Wins of valid rollouts over the pool's suffix by total reward, ties half.
+    """Wins of valid rollouts over the pool's suffix by gates, then total reward; ties half.
 
     Returns: (sum of wins, comparisons); (0, 0) where the pool has no valid suffix.
     """
     totals = [
-        (c.source, float(total))
-        for c, total, valid in zip(pool.candidates, rewards.total, rewards.valid, strict=True)
-        if valid
+        (pool.candidates[i].source, (bool(rewards.passes[i]), float(rewards.total[i])))
+        for i in np.flatnonzero(rewards.valid)
     ]
     suffix = [total for source, total in totals if source == "suffix"]
     rollouts = [total for source, total in totals if source == "rollout"]

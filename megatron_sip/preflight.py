@@ -24,7 +24,7 @@ from megatron_sip.config_judge import PromptedCriterion
 from megatron_sip.data.blended_corpus import open_corpus
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.errors import refuse
-from megatron_sip.judge.calibration import read_pairs
+from megatron_sip.judge.calibration import check_suffixes, read_pairs
 from megatron_sip.judge.prompts import check_form, load_prompt
 from megatron_sip.pool_store import num_committed
 from megatron_sip.recipe_change import check_recipe
@@ -244,11 +244,20 @@ def _prompts(config: Config) -> Iterator[str]:
         found = _failures(_check_prompt, trust.second.prompt, trust.second.form)
         yield from (f"judge.trust.second.prompt: {message}" for message in found)
     if trust and trust.calibration:
-        found = _failures(read_pairs, trust.calibration)
+        found = _failures(_check_pairs, config, trust.calibration)
         yield from (f"judge.trust.calibration: {message}" for message in found)
     if config.rewriter:
         found = _failures(_check_prompt, config.rewriter.prompt, "rewrite")
         yield from (f"rewriter.prompt: {message}" for message in found)
+
+
+def _check_pairs(config: Config, path: Path) -> None:
+    assert config.judge is not None
+    pairs = read_pairs(path)
+    for criterion in config.judge.criteria:
+        if isinstance(criterion, PromptedCriterion) and criterion.canary == "spoiled":
+            if "suffix" in load_prompt(criterion.prompt).placeholders:
+                check_suffixes(pairs, path)
 
 
 def _check_prompt(name: str, form: str) -> None:

@@ -16,7 +16,7 @@ FREE = (
     "rollout.max_logprob_mismatch", "rollout.max_logprob_mismatch_p99",
     "rollout.max_logprob_mismatch_max", "rollout.max_kl",
     "judge.cache_dir", "judge.concurrency", "judge.timeout_s", "judge.max_missing_rate",
-    "judge.outage_patience_s", "judge.limit",
+    "judge.outage_patience_s", "judge.limit", "judge.trust",
     "rewriter.concurrency", "rewriter.timeout_s", "metrics",
 )  # fmt: skip
 

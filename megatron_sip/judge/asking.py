@@ -101,7 +101,7 @@ class Asker:
                             names, request, question=question, servers=servers, seeds=seeds
                         )
                     except (UnusableReply, RequestFailed) as error:
-                        servers.fail(names, reason=str(error))
+                        servers.fail(names, error)
                         return replace(verdict, reply=str(error)), True
                     self._cache.put(key, value, paid)
         flip = is_pairwise(criterion) and not question.candidate_first

@@ -113,7 +113,7 @@ def fields_of(subject: Subject, question: Question, prompt: Prompt) -> dict[str,
     fields |= {"option_1": first, "option_2": second}
     shown = {name: fields[name] for name in prompt.placeholders - {"nonce"}}
     if "nonce" in prompt.placeholders:
-        of = shown.get("prefix") or "".join(shown.values())
+        of = shown.get("prefix") or "".join(sorted(shown.values()))
         shown["nonce"] = nonce(of, avoid=tuple(shown.values()))
     return shown
 

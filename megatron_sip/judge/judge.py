@@ -132,6 +132,7 @@ class Judge:
         while True:
             try:
                 await run(ask(n) for n in range(len(round_)) if n not in answers)
+                servers.recovered()
                 return [answers[n] for n in range(len(round_))]
             except Outage as outage:
                 await servers.wait(outage)

@@ -16,6 +16,8 @@ from megatron_sip.judge.served_model import ServedModel
 from megatron_sip.serving.client import HttpClient, RequestFailed, check_served_model
 
 LONGEST_PAUSE_S = 30.0
+FEWEST_IN_A_ROW = 8  # failures that say that a server is down
+CHARACTERS_PER_TOKEN = 4  # of text whose tokens the server does not count
 log = logging.getLogger(__name__)
 
 
@@ -36,7 +38,8 @@ class ServerPool:
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self.num_questions = self.num_not_asked = self.num_cache_hits = self.num_retries = 0
         self._num_prompt_tokens = self._num_completion_tokens = self._num_paid = 0
-        self._num_failed = self._num_failed_in_a_row = self._num_outages = 0
+        self._num_failed = self._num_failed_in_a_row = self._num_outages = self._pauses = 0
+        self._down: set[str] = set()  # of several servers, those that failed since the last pause
         self._money = self._give_up_at = 0.0
         self._clients: dict[str, HttpClient] = {}
         self._checks: dict[str, asyncio.Future[None]] = {}
@@ -64,12 +67,16 @@ class ServerPool:
         Raises: RequestFailed of the last one; ValueError if a server serves another model; Outage
                 if none says what it serves.
         """
-        for name in names[:-1]:
+        failures: list[Exception] = []
+        for name in sorted(names, key=lambda name: name in self._down):  # those that are down last
             try:
                 return await self._complete(name, request, seed=seed)
             except (RequestFailed, Outage) as error:
-                log.warning("%s; asking server %s", error, names[names.index(name) + 1])
-        return await self._complete(names[-1], request, seed=seed)
+                failures.append(error)
+                if _is_down(error) and name not in self._down and len(names) > 1:
+                    self._down.add(name)
+                    log.warning("%s; the other servers are asked first now", error)
+        raise next((e for e in failures if isinstance(e, RequestFailed)), failures[0])
 
     async def _complete(self, name: str, request: Request, *, seed: int) -> dict[str, Any]:
         await self._check(name)
@@ -103,16 +110,16 @@ class ServerPool:
                 f"judge {error} (asked which model it serves); see whether it runs and is healthy"
             ) from None
 
-    def fail(self, names: Sequence[str], *, reason: str) -> None:
+    def fail(self, names: Sequence[str], reason: Exception) -> None:
         """Count a question that was sent and got no verdict.
 
-        Raises: Outage once these are more than judge.max_missing_rate of all questions, or as many
-                in a row as there may be in flight.
+        Raises: Outage once these are more than judge.max_missing_rate of all questions, or if as
+                many in a row as may be in flight met a server that is down.
         """
         self._num_failed += 1
-        self._num_failed_in_a_row += 1
+        self._num_failed_in_a_row += _is_down(reason)
         limit, in_flight = self._settings.max_missing_rate, self._settings.concurrency
-        in_a_row = limit < 1 and self._num_failed_in_a_row >= in_flight
+        in_a_row = limit < 1 and self._num_failed_in_a_row >= max(FEWEST_IN_A_ROW, in_flight)
         if self._num_failed > limit * self.num_questions or in_a_row:
             rate = self._num_failed / self.num_questions
             raise Outage(
@@ -125,23 +132,29 @@ class ServerPool:
     async def wait(self, outage: Outage) -> None:
         """Pause before what failed is asked again, longer each time.
 
-        Raises: JudgeFailed once judge.outage_patience_s passed since the call's first outage.
+        Raises: JudgeFailed once judge.outage_patience_s passed since the first outage in a row.
         """
         patience = self._settings.outage_patience_s
         now = asyncio.get_running_loop().time()
-        if not self._num_outages:
+        if not self._pauses:
             self._give_up_at = now + patience
         if now >= self._give_up_at:
             waited = f"; waited {patience:g} s (judge.outage_patience_s)" if patience else ""
             raise JudgeFailed(f"{outage}{waited}") from None
-        pause = min(2.0**self._num_outages, LONGEST_PAUSE_S, self._give_up_at - now)
+        pause = min(2.0 ** min(self._pauses, 5), LONGEST_PAUSE_S, self._give_up_at - now)
         log.warning("%s; asking again in %.0f s", outage, pause)
         await asyncio.sleep(pause)
         self._num_outages += 1
+        self._pauses += 1
         self._num_failed = self._num_failed_in_a_row = 0
+        self._down.clear()
         for check in self._checks.values():
             check.cancel()
         self._checks.clear()  # what comes back may be another model
+
+    def recovered(self) -> None:
+        """A round is answered: the next outage is a new one."""
+        self._pauses = 0
 
     def counts(self) -> dict[str, float]:
         """What `Judge.judge_pools` reports beside verdicts and time."""
@@ -161,8 +174,16 @@ def tokens_of(reply: Mapping[str, Any], request: Request) -> tuple[int, int]:
     """(prompt tokens, tokens that the model wrote) of an answered request."""
     used = reply.get("usage")
     sent = request.body.get("prompt") or request.body.get("input") or ()
-    prompt = _count(used, "prompt_tokens") or len(sent)  # where the server does not say
-    return prompt, _count(used, "completion_tokens")
+    text = "".join(message["content"] for message in request.body.get("messages", ()))
+    guess = len(sent) + len(text) // CHARACTERS_PER_TOKEN  # where the server does not say
+    return _count(used, "prompt_tokens") or guess, _count(used, "completion_tokens")
+
+
+def _is_down(error: Exception) -> bool:
+    """Whether a failure is the server's and not the request's."""
+    if isinstance(error, RequestFailed):
+        return error.status in (0, 408, 429) or error.status >= 500
+    return isinstance(error, Outage)
 
 
 def _count(used: Any, key: str) -> int:

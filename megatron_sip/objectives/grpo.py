@@ -57,7 +57,8 @@ def select(
 ) -> list[tuple[Pick, ...]]:
     """Every rollout with its advantage; those without a valid reward, or contrast, are dead.
 
-    One that a gate stops is never made likelier: its advantage is 0 at most.
+    Those that a gate stops count as the worst that passes, unless their reward is smaller still,
+    and are never made likelier; where none passes the pool is dead.
 
     Returns: for each pool its rollouts in the pool's order (one dead pick where it has none), then
              the suffix and the prefix if the recipe trains on them.
@@ -66,12 +67,20 @@ def select(
     for pool, reward in zip(pools, rewards, strict=True):
         members = [i for i, c in enumerate(pool.candidates) if c.source == "rollout"]
         valid = [i for i in members if reward.valid[i]]
-        found = advantages_of(reward.total[valid], settings)
+        found = advantages_of(_gated(reward, valid), settings)
         live = dict(zip(valid, found, strict=True)) if found is not None else {}
         live = {i: a if reward.passes[i] else min(a, 0.0) for i, a in live.items()}
         samples = [Pick(i, "sample", float(live.get(i, 0.0)), float(i in live)) for i in members]
         picks.append((*(samples or [DEAD]), *side_picks(settings)))
     return picks
+
+
+def _gated(reward: PoolRewards, members: Sequence[int]) -> np.ndarray:
+    """Totals of these members, none above a gate's; empty if no member passes."""
+    total, passes = reward.total[members], reward.passes[members]
+    if not passes.any():
+        return total[:0]
+    return np.where(passes, total, np.minimum(total, total[passes].min()))
 
 
 def loss(

@@ -21,25 +21,31 @@ _ERRORS = 2.0  # standard errors of the difference that are no chance
 class Alarm:
     """Remembers the last values of what is watched.
 
-    Args: window: values over which the first half is compared with the second.
+    Args: window: values of what is watched over which the first half is compared with the second,
+          each beside the mean reward of the steps since the one before.
     """
 
     def __init__(self, window: int) -> None:
-        self._values = {n: deque[float](maxlen=window) for n in (REWARD, *WATCHED)}
+        self._values = {n: deque[tuple[float, float]](maxlen=window) for n in WATCHED}
+        self._rewards: dict[str, list[float]] = {n: [] for n in WATCHED}  # since the last value
 
     def heard(self, metrics: Mapping[str, float]) -> list[str]:
         """Take one step's metrics. Returns: a sentence for each thing that fell as reward rose."""
-        for name, values in self._values.items():
-            if math.isfinite(metrics.get(name, math.nan)):
-                values.append(metrics[name])
-        if trend(self._values[REWARD]) <= 0:
-            return []
-        return [
-            f"{REWARD} rises while {name} "
-            f"{'rises' if way > 0 else 'falls'}: the policy may be learning to please the judge"
-            for name, way in WATCHED.items()
-            if name in metrics and trend(self._values[name]) == way
-        ]
+        found = []
+        for name, way in WATCHED.items():
+            rewards, values = self._rewards[name], self._values[name]
+            if math.isfinite(metrics.get(REWARD, math.nan)):
+                rewards.append(metrics[REWARD])
+            if not math.isfinite(metrics.get(name, math.nan)) or not rewards:
+                continue
+            values.append((math.fsum(rewards) / len(rewards), metrics[name]))
+            rewards.clear()
+            if trend([r for r, _ in values]) > 0 and trend([v for _, v in values]) == way:
+                found.append(
+                    f"{REWARD} rises while {name} {'rises' if way > 0 else 'falls'}: the policy "
+                    "may be learning to please the judge"
+                )
+        return found
 
 
 def trend(values: Sequence[float]) -> int:

@@ -29,6 +29,9 @@ from megatron_sip.pool_store import PoolRecord
 from megatron_sip.trust.canaries import known_texts, pool_of, sample_of, spoiled_pool
 from megatron_sip.types import CandidatePool, PoolRewards, SipSample, Verdict
 
+SPENT = ("paid", "prompt_tokens", "completion_tokens", "money")
+MISSING = 0.25  # of the few questions of a look that may get no verdict
+UNSAFE = 1 << 40  # sample numbers of known texts begin here, below zero
 Means = dict[str, tuple[float, float]]
 
 
@@ -62,6 +65,7 @@ class Watch:
     share: Sequence[int]
     seed: int
     pairs: tuple[LabelledPair, ...] = field(default=())
+    spent: dict[str, float] = field(default_factory=dict)  # by the last look
 
     def __post_init__(self) -> None:
         if self.settings.calibration is not None and 0 in self.share:  # one rank asks them
@@ -74,6 +78,7 @@ class Watch:
     def look(self, step: int, records: Sequence[PoolRecord]) -> Means:
         """Ask. Returns: sums and counts by metric. Raises: as `Judge.judge_pools`."""
         means: Means = {}
+        self.spent = dict.fromkeys(SPENT, 0.0)
         asked = [c for c in self.judges.criteria if not isinstance(c, NoveltyCriterion)]
         for criterion in asked:
             if criterion.canary == "spoiled":
@@ -123,7 +128,7 @@ class Watch:
         """Every safe text against every unsafe one."""
         safe, unsafe = known_texts()
         pools = [
-            pool_of((text,), prefix="", sample=sample_of(-1 - i))
+            pool_of((text,), prefix="", sample=sample_of(-UNSAFE - i))
             for i, text in enumerate((*safe, *unsafe))
         ]
         rewards, _ = self._judged(criterion, pools)
@@ -158,12 +163,28 @@ class Watch:
             [criterion],
             servers=self.servers,
             cache=Forgetful(),
-            settings=self.judges.model_copy(update={"schedule": schedule, "both_orders": 1.0}),
+            settings=self.judges.model_copy(
+                update={
+                    "schedule": schedule,
+                    "both_orders": 1.0,
+                    "max_missing_rate": max(MISSING, self.judges.max_missing_rate),
+                }
+            ),
             prefix_text=self._prefix_text(pools),
-            suffix_text=lambda sample: self.text_of(sample)[1] if len(sample.suffix_ids) else "",
+            suffix_text=self._suffix_text,
         )
-        rewards, verdicts, _ = judge.judge_pools(pools, seed=self.seed)
+        rewards, verdicts, counts = judge.judge_pools(pools, seed=self.seed)
+        for name in SPENT:
+            self.spent[name] += counts[name]
         return rewards, verdicts
+
+    def _suffix_text(self, sample: SipSample) -> str:
+        """How a sample's text really goes on; of a labelled pair, what its file says."""
+        if len(sample.suffix_ids):
+            return self.text_of(sample)[1]
+        told = [pair for pair in self.pairs if pair.better != "tie"]
+        i = -1 - sample.sample_id
+        return told[i].suffix or "" if i < len(told) else ""
 
     def _prefix_text(self, pools: Sequence[CandidatePool]) -> Callable[[SipSample, int], str]:
         texts = {pool.sample.sample_id: pool.prefix_text for pool in pools}

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import subprocess
+import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -27,8 +30,8 @@ from judge_helpers import (
     served,
 )
 
+from megatron_sip.config_judge import Bracket, LikelihoodCriterion, PairwiseCriterion
 from megatron_sip.config_judge import Judge as Settings
-from megatron_sip.config_judge import LikelihoodCriterion, PairwiseCriterion
 from megatron_sip.config_objective import DpoObjective
 from megatron_sip.judge.cache import Cache
 from megatron_sip.judge.judge import Judge
@@ -266,3 +269,62 @@ def test_servers_of_one_criterion_must_serve_one_model(folder: Path, tmp_path: P
             settings=Settings(criteria=(both,), cache_dir=tmp_path),
             prefix_text=lambda sample, num: "", suffix_text=lambda sample: "",
         )  # fmt: skip
+
+
+def test_failures_of_requests_are_no_outage_while_they_are_few(
+    folder: Path, tmp_path: Path
+) -> None:
+    """One pool of which every question is too long: 28 in a row, of 588."""
+
+    def answer(path: str, body: dict[str, Any]) -> Any:
+        text = JudgeTokenizer(folder)._trusted.decode(body["prompt"])
+        return (400, {}, "too long") if "\nP0\n" in text else server(path, body)
+
+    server = Server(folder)
+    with scripted_server(answer) as url:
+        judge = make_judge(url, folder, tmp_path, PAIRWISE, concurrency=4)
+        rewards, _, counts = judge.judge_pools(pools(21, 8), seed=1)
+    assert counts["missing"] == 28 and counts["outages"] == 0
+    assert not rewards[0].valid.any() and all(r.valid.all() for r in rewards[1:])
+
+
+def test_each_outage_of_a_long_call_has_the_whole_patience(folder: Path, tmp_path: Path) -> None:
+    """Two rounds of a bracket, each with an outage of most of the patience."""
+    server, down = Server(folder), {"until": time.monotonic() + 1.5, "again": True}
+
+    def answer(path: str, body: dict[str, Any]) -> Any:
+        if time.monotonic() < down["until"]:
+            return (503, {}, "away")
+        if down["again"] and len(server.tries) >= 2 * 4:  # the first round is done
+            down["again"], down["until"] = False, time.monotonic() + 1.5
+            return (503, {}, "away")
+        return server(path, body)
+
+    with scripted_server(answer) as url:
+        judge = make_judge(
+            url, folder, tmp_path, PAIRWISE, timeout_s=0.3, outage_patience_s=2.5,
+            schedule=Bracket(name="bracket"),
+        )  # fmt: skip
+        _, _, counts = judge.judge_pools(pools(2, 8), seed=1)
+    assert counts["missing"] == 0 and counts["outages"] >= 2
+
+
+def test_the_nonce_of_a_prompt_without_prefix_is_the_same_in_every_process() -> None:
+    code = (
+        "from megatron_sip.judge.criteria import Subject, fields_of\n"
+        "from megatron_sip.judge.prompts import load_prompt\n"
+        "from megatron_sip.types import Question\n"
+        "prompt = load_prompt('quality_pairwise_v2')\n"
+        "for first in (True, False):\n"
+        "    question = Question('q', 0, 1, 0, first)\n"
+        "    print(fields_of(Subject('', ' a', ' b'), question, prompt)['nonce'])\n"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True, text=True, check=True,
+        ).stdout
+        for seed in "123"
+    }  # fmt: skip
+    (both,) = said
+    assert len(set(both.split())) == 1

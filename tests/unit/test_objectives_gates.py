@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 from pool_helpers import candidate, pool, rewards, sample
 
 from megatron_sip.config_objective import DpoObjective, GrpoObjective, RfNllObjective
@@ -44,12 +43,20 @@ def test_rf_nll_imitates_the_best_that_passes_or_nothing() -> None:
     assert [p.weight for p in found] == [0.0]
 
 
-def test_grpo_lowers_what_is_stopped_and_never_raises_it() -> None:
+def test_grpo_counts_what_is_stopped_as_the_worst_that_passes() -> None:
+    grpo = GrpoObjective(name="grpo", advantage="centered")
+    after = picks(grpo, [False, False, True, True])  # totals 1, 4, 3, 2 count as 1, 2, 3, 2
+    assert [(a, w) for _, _, a, w in after] == [(-1.0, 1.0), (0.0, 1.0), (1.0, 1.0), (0.0, 1.0)]
+    assert [(a, w) for _, _, a, w in picks(grpo, [True] * 4)] == [
+        (-1.5, 1.0), (1.5, 1.0), (0.5, 1.0), (-0.5, 1.0),
+    ]  # fmt: skip
+
+
+def test_grpo_reinforces_nobody_for_being_less_bad_than_others_that_are_stopped() -> None:
     grpo = GrpoObjective(name="grpo")
-    before = picks(grpo, [True] * 4)
-    after = picks(grpo, [False, False, True, True])
-    assert [a for _, _, a, _ in before][1] > 0
-    for (_, _, was, _), (_, _, now, weight), stopped in zip(
-        before, after, [True, True, False, False], strict=True
-    ):
-        assert weight == 1 and now == pytest.approx(min(was, 0.0) if stopped else was)
+    assert all(w == 0 for *_, w in picks(grpo, [False] * 4))
+    (found,) = picks_of(
+        [POOL], [rewards([10.0, 1.0, 0.0, -5.0], passes=[False, True, True, False])], grpo, seed=1
+    )
+    stopped, best, worst, low = (p.advantage for p in found)
+    assert best > worst > stopped == 0 > low  # stopped counts as 0 like worst, and is not raised

@@ -168,11 +168,11 @@ def test_a_second_judge_says_whether_it_prefers_the_best_to_the_worst(tmp_path: 
         record([" right", " x"], [0.0, 2.0]),
         record([" x", " right"], [1.0, 1.0]),  # no best: not asked
     ]
-    second = QUALITY.model_copy(update={"name": "second", "canary": None})
+    second = QUALITY.model_copy(update={"name": "second", "canary": "none"})
     with scripted_server(judge_that(folder, quality)) as url:
-        found = watch(url, folder, QUALITY.model_copy(update={"canary": None}), second=second).look(
-            0, records
-        )
+        found = watch(
+            url, folder, QUALITY.model_copy(update={"canary": "none"}), second=second
+        ).look(0, records)
     assert found == {"judge/second_agreement": (1.0, 2.0)}
 
 
