@@ -255,9 +255,10 @@ def _check_pairs(config: Config, path: Path) -> None:
     assert config.judge is not None
     pairs = read_pairs(path)
     for criterion in config.judge.criteria:
-        if isinstance(criterion, PromptedCriterion) and criterion.canary == "spoiled":
-            if "suffix" in load_prompt(criterion.prompt).placeholders:
-                check_suffixes(pairs, path)
+        if not isinstance(criterion, PromptedCriterion) or criterion.canary != "spoiled":
+            continue
+        if "suffix" in load_prompt(criterion.prompt).placeholders:
+            check_suffixes(pairs, path)
 
 
 def _check_prompt(name: str, form: str) -> None:
