@@ -25,7 +25,7 @@ from megatron_sip.learner import Means
 from megatron_sip.metrics import METRICS, PhaseTimer
 from megatron_sip.objectives import picks_of
 from megatron_sip.pool import assemble_pool, rollout_wins, suffix_candidate
-from megatron_sip.pool_store import PoolRecord, read_pools
+from megatron_sip.pool_store import PoolRecord, read_pools, read_spent
 from megatron_sip.rewriting.rewriter import Rewriter
 from megatron_sip.rollout.vllm_engine import VllmEngine
 from megatron_sip.trust.look import Watch
@@ -38,6 +38,8 @@ from megatron_sip.types import (
     SipSample,
     Verdict,
 )
+
+PAID = ("paid", "prompt_tokens", "completion_tokens", "money")  # what is spent, judge/NAME
 
 
 class Experience(Protocol):
@@ -199,7 +201,9 @@ class RecordedExperience:
                 f"{self.pools_dir}: step {step} holds {len(records)} pools for this rank, the "
                 f"recipe wants {len(positions)}; use the data.global_batch_size of the recording"
             )
-        return records, {}
+        spent = read_spent(self.pools_dir, step) if self.dp_rank == 0 else {}
+        share = 1.0 / self.dp_size
+        return records, {f"judge/{name}": (spent.get(name, 0.0), share) for name in PAID}
 
 
 @dataclass

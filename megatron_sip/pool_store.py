@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ _COLUMNS = {
     "by_criterion": pa.list_(pa.struct({"name": _TEXT, "score": _F32})),
     "verdicts": pa.list_(pa.struct(_VERDICT)), "picks": pa.list_(pa.struct(_PICK)),
 }  # fmt: skip
+SPENT = b"megatron_sip.spent"
 SCHEMA = pa.schema(_COLUMNS, metadata={"megatron_sip.pools": str(SCHEMA_VERSION)})
 
 
@@ -54,18 +55,27 @@ class PoolRecord:
     picks: tuple[Pick, ...]
 
 
-def write_pools(run_dir: Path, step: int, *, dp_rank: int, records: Sequence[PoolRecord]) -> None:
+def write_pools(
+    run_dir: Path,
+    step: int,
+    *,
+    dp_rank: int,
+    records: Sequence[PoolRecord],
+    spent: Mapping[str, float] | None = None,
+) -> None:
     """Write pools/step_00000012.dp0.parquet, whole or not at all.
 
     A shard that an uncommitted earlier try left is replaced.
 
+    Args:   spent: what the verdicts of this shard cost, by name.
     Raises: ValueError if the step is committed already (the ledger is never rewritten), or if a
             record is of another step, lacks candidates, or names one that its pool does not have.
     """
     _refuse_committed(run_dir / "pools", step)
     rows = [row for record in records for row in _rows(record, step)]
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), buffer, compression="zstd")
+    schema = SCHEMA.with_metadata((SCHEMA.metadata or {}) | {SPENT: json.dumps(dict(spent or {}))})
+    pq.write_table(pa.Table.from_pylist(rows, schema=schema), buffer, compression="zstd")
     atomic_write(_shard(run_dir / "pools", step, dp_rank), buffer.getvalue())
 
 
@@ -124,6 +134,16 @@ def read_pools(pools_dir: Path, step: int, *, dp_rank: int, dp_size: int) -> lis
         )
     share = len(records) // dp_size
     return records[dp_rank * share : (dp_rank + 1) * share]
+
+
+def read_spent(pools_dir: Path, step: int) -> dict[str, float]:
+    """What the verdicts of a committed step cost, all shards together."""
+    total: dict[str, float] = {}
+    for shard in json.loads(_marker(pools_dir, step).read_text())["shards"]:
+        metadata = pq.read_schema(pools_dir / shard["file"]).metadata or {}
+        for name, value in json.loads(metadata.get(SPENT, b"{}")).items():
+            total[name] = total.get(name, 0.0) + value
+    return total
 
 
 def num_committed(pools_dir: Path) -> int:

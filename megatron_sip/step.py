@@ -16,7 +16,7 @@ from megatron_sip.console import StepConsole
 from megatron_sip.cost import step_flops
 from megatron_sip.errors import RunFailed, StepAbandoned
 from megatron_sip.exchange import WeightExchange
-from megatron_sip.experience import Experience, pool_means
+from megatron_sip.experience import PAID, Experience, pool_means
 from megatron_sip.explain.shapes import policy_shape
 from megatron_sip.learner import Learner, Means, NotFinite, StepStopped
 from megatron_sip.metrics import PhaseTimer, reduce_means
@@ -70,7 +70,7 @@ def run_step(run: Run) -> dict[str, float]:
     learned, gaps, skipped = learn(run, plan, batches)
     advance(run, means, skipped=skipped)
     synced = sync_weights(run)
-    commit_pools(run, records, step)
+    commit_pools(run, records, means, step)
     parts = gather_objects((means, learned, synced, gaps), run.ranks)
     return report(run, parts) if run.ranks.is_main else {}
 
@@ -261,7 +261,7 @@ def sync_weights(run: Run) -> Means:
     return run.exchange.sync(run.state.policy_version, run.timer)
 
 
-def commit_pools(run: Run, records: list[PoolRecord], step: int) -> None:
+def commit_pools(run: Run, records: list[PoolRecord], means: Means, step: int) -> None:
     """Write this replica's shard of the ledger; rank 0 marks the step when all are there."""
     import torch.distributed as dist
 
@@ -270,7 +270,8 @@ def commit_pools(run: Run, records: list[PoolRecord], step: int) -> None:
     with run.timer("record"):
         folder = Path(run.config.run.dir)
         if run.ranks.is_io:
-            write_pools(folder, step, dp_rank=run.ranks.dp_rank, records=records)
+            spent = {name: means.get(f"judge/{name}", (0.0, 0.0))[0] for name in PAID}
+            write_pools(folder, step, dp_rank=run.ranks.dp_rank, records=records, spent=spent)
         dist.barrier()
         if run.ranks.is_main:
             commit_step(folder, step, num_shards=run.ranks.dp_size)

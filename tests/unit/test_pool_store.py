@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from megatron_sip import pool_store
-from megatron_sip.pool_store import PoolRecord, commit_step, read_pools, write_pools
+from megatron_sip.pool_store import PoolRecord, commit_step, read_pools, read_spent, write_pools
 from megatron_sip.types import Candidate, CandidatePool, Pick, PoolRewards, SipSample, Verdict
 
 STEP = 12
@@ -221,6 +221,15 @@ def test_a_ledger_of_version_1_is_read_without_gates_guards_and_orders(tmp_path:
         assert_identical(now.pool, replace(was.pool, guarded=()))
         assert [v.score for v in now.verdicts] == [v.score for v in was.verdicts]
         assert all(v.candidate_first for v in now.verdicts)
+
+
+def test_what_a_step_cost_is_kept_and_added_up(tmp_path: Path) -> None:
+    (tmp_path / "pools").mkdir()
+    for rank, spent in enumerate([{"paid": 3.0, "money": 0.5}, {"paid": 4.0}]):
+        write_pools(tmp_path, STEP, dp_rank=rank, records=[make_record(rank)], spent=spent)
+    commit_step(tmp_path, STEP, num_shards=2)
+    assert read_spent(tmp_path / "pools", STEP) == {"paid": 7.0, "money": 0.5}
+    assert len(read_pools(tmp_path / "pools", STEP, dp_rank=0, dp_size=1)) == 2
 
 
 def test_foreign_parquet_has_no_schema_version(tmp_path: Path) -> None:
