@@ -119,10 +119,11 @@ class Cache:
 
         Raises: as the constructor.
         """
+        listed: set[Path] = set()
         again = True
         while again:  # a file that vanished meanwhile has its rows in one that appeared
-            again = False
-            listed = set(cache_paths(self._folder))
+            before, listed = listed, set(cache_paths(self._folder))
+            again = listed != before  # a listing during a merge may hold neither of the two
             for path in sorted(listed - self._others.keys() - self._given_up):
                 if self._own is None or path != self._own.path:
                     again |= not self._add(path)
