@@ -41,7 +41,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["megatron_sip", "megatron_sip.*"]),
     package_data={
-        "megatron_sip": ["prompts/*.txt", "py.typed"],
+        "megatron_sip": ["prompts/*.txt", "trust/*.txt", "py.typed"],
         "megatron_sip.report": ["report.html", "report.css", "report.js"],
     },
     install_requires=COMMON,
