@@ -302,7 +302,8 @@ WORDS = st.lists(st.from_regex(r"[a-z]{1,7}", fullmatch=True), min_size=5, max_s
 def test_repeated_last_words_go_and_the_gap_is_the_suffixs(
     words, rewrite, suffix, gap, repeat, shout
 ):
-    assume(rewrite[: len(words[-5:])] != words[-5:] and suffix[:5] != words[-5:])
+    # text that begins with some of these words by itself cannot be told from a repetition
+    assume(rewrite[0] not in words[-5:] and suffix[0] not in words[-5:])
     prefix, original, text = " ".join(words), gap + " ".join(suffix), " ".join(rewrite)
     assume(text != original.strip())
     said = prefix.upper() if shout else prefix
