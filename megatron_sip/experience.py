@@ -21,6 +21,7 @@ from megatron_sip.judge.guards import GUARDS
 from megatron_sip.judge.judge import Judge
 from megatron_sip.judge.pair_scores import order_consistency
 from megatron_sip.judge.scoring import vote_agreement
+from megatron_sip.judge.servers import PAID
 from megatron_sip.learner import Means
 from megatron_sip.metrics import METRICS, PhaseTimer
 from megatron_sip.objectives import picks_of
@@ -38,8 +39,6 @@ from megatron_sip.types import (
     SipSample,
     Verdict,
 )
-
-PAID = ("paid", "prompt_tokens", "completion_tokens", "money")  # what is spent, judge/NAME
 
 
 class Experience(Protocol):

@@ -16,8 +16,9 @@ from megatron_sip.console import StepConsole
 from megatron_sip.cost import step_flops
 from megatron_sip.errors import RunFailed, StepAbandoned
 from megatron_sip.exchange import WeightExchange
-from megatron_sip.experience import PAID, Experience, pool_means
+from megatron_sip.experience import Experience, pool_means
 from megatron_sip.explain.shapes import policy_shape
+from megatron_sip.judge.servers import PAID
 from megatron_sip.learner import Learner, Means, NotFinite, StepStopped
 from megatron_sip.metrics import PhaseTimer, reduce_means
 from megatron_sip.mismatch import mismatch_metrics

@@ -16,7 +16,7 @@ from megatron_sip.judge.cache import Cache
 from megatron_sip.judge.novelty import Novelty
 from megatron_sip.judge.prompts import check_form, load_prompt
 from megatron_sip.judge.served_model import ServedModel
-from megatron_sip.serving.fleet import Fleet, FleetWatch
+from megatron_sip.serving.fleet import FleetWatch, text_fleet
 
 
 @dataclass(frozen=True)
@@ -105,23 +105,10 @@ def open_servers(
 
     names = judge_server_names(config)
     assert config.judge is not None
-    chosen = {name: config.servers[name] for name in names}
-    folders = {n: Path(s.model) for n, s in chosen.items() if isinstance(s, StartServer)}
-    log_dir.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         cache = Cache(config.judge.cache_dir)
         stack.callback(cache.close)
-        fleet = stack.enter_context(
-            Fleet(
-                chosen,
-                model_dirs=folders,
-                log_dir=log_dir,
-                platform_kind=config.platform.kind,
-                policy="",
-                weight_transfer="",
-            )
-        )
-        fleet.wait(on_wait)
+        fleet = stack.enter_context(text_fleet(config, names, log_dir=log_dir, on_wait=on_wait))
         stack.callback(FleetWatch(fleet, report=on_death).close)
         endpoints = fleet.endpoints
         yield JudgeServers({n: served_model(config, n, endpoints[n]) for n in names}, cache)

@@ -16,6 +16,7 @@ from megatron_sip.judge.served_model import ServedModel
 from megatron_sip.serving.client import HttpClient, RequestFailed, check_served_model
 
 LONGEST_PAUSE_S = 30.0
+PAID = ("paid", "prompt_tokens", "completion_tokens", "money")  # of `counts`, what is spent
 FEWEST_IN_A_ROW = 8  # failures that say that a server is down
 CHARACTERS_PER_TOKEN = 4  # of text whose tokens the server does not count
 log = logging.getLogger(__name__)

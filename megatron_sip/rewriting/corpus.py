@@ -33,7 +33,7 @@ from megatron_sip.rewriting.shards import SHARD_SAMPLES, Shards
 from megatron_sip.rewriting.unsafe import UnsafeDocuments
 from megatron_sip.services import served_model
 from megatron_sip.serving.client import Endpoint
-from megatron_sip.serving.fleet import Fleet
+from megatron_sip.serving.fleet import text_fleet
 from megatron_sip.types import SipSample
 
 ENOUGH = 20  # samples, before the share of failures means something
@@ -162,21 +162,8 @@ def _open_rewriter(
     """The recipe's rewriter, with its server started or reached."""
     assert config.rewriter is not None and config.judge is not None
     name = config.rewriter.server
-    settings = config.servers[name]
-    folders = {} if isinstance(settings, ConnectServer) else {name: Path(settings.model)}
-    log_dir.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        fleet = stack.enter_context(
-            Fleet(
-                {name: settings},
-                model_dirs=folders,
-                log_dir=log_dir,
-                platform_kind=config.platform.kind,
-                policy="",
-                weight_transfer="",
-            )
-        )
-        fleet.wait(on_wait)
+        fleet = stack.enter_context(text_fleet(config, [name], log_dir=log_dir, on_wait=on_wait))
         cache = Cache(config.judge.cache_dir)
         stack.callback(cache.close)
         yield Rewriter(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from megatron_sip.config import ConnectServer, StartServer, api_key
+from megatron_sip.config import Config, ConnectServer, StartServer, api_key
 from megatron_sip.serving.client import Endpoint
 from megatron_sip.serving.health import ServerFailed, probe_named
 from megatron_sip.serving.processes import POLL_S, ServerProcess, Watchdog, reserve_port
@@ -162,6 +163,35 @@ class Fleet:
         if lacks and seconds > CONNECT_TIMEOUT_S:
             raise ServerFailed(name, reason=f"not reachable for {seconds:.0f} s: {lacks}")
         return not lacks
+
+
+@contextmanager
+def text_fleet(
+    config: Config,
+    names: Sequence[str],
+    *,
+    log_dir: Path,
+    on_wait: Callable[[str, float], None],
+) -> Iterator[Fleet]:
+    """These servers of a recipe, started or reached, for a tool that needs no policy.
+
+    Args:   log_dir: for the logs of started ones. on_wait: called every 5 s with a server's name
+            and the seconds so far.
+    Raises: ServerFailed if one does not come up.
+    """
+    chosen = {name: config.servers[name] for name in names}
+    folders = {n: Path(s.model) for n, s in chosen.items() if isinstance(s, StartServer)}
+    log_dir.mkdir(parents=True, exist_ok=True)
+    with Fleet(
+        chosen,
+        model_dirs=folders,
+        log_dir=log_dir,
+        platform_kind=config.platform.kind,
+        policy="",
+        weight_transfer="",
+    ) as fleet:
+        fleet.wait(on_wait)
+        yield fleet
 
 
 class FleetWatch:

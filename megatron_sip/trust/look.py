@@ -25,11 +25,11 @@ from megatron_sip.judge.calibration import LabelledPair, read_pairs
 from megatron_sip.judge.judge import Judge
 from megatron_sip.judge.pair_scores import order_consistency, pair_table
 from megatron_sip.judge.served_model import ServedModel
+from megatron_sip.judge.servers import PAID
 from megatron_sip.pool_store import PoolRecord
 from megatron_sip.trust.canaries import known_texts, pool_of, sample_of, spoiled_pool
 from megatron_sip.types import CandidatePool, PoolRewards, SipSample, Verdict
 
-SPENT = ("paid", "prompt_tokens", "completion_tokens", "money")
 MISSING = 0.25  # of the few questions of a look that may get no verdict
 UNSAFE = 1 << 40  # sample numbers of known texts begin here, below zero
 Means = dict[str, tuple[float, float]]
@@ -78,7 +78,7 @@ class Watch:
     def look(self, step: int, records: Sequence[PoolRecord]) -> Means:
         """Ask. Returns: sums and counts by metric. Raises: as `Judge.judge_pools`."""
         means: Means = {}
-        self.spent = dict.fromkeys(SPENT, 0.0)
+        self.spent = dict.fromkeys(PAID, 0.0)
         asked = [c for c in self.judges.criteria if not isinstance(c, NoveltyCriterion)]
         for criterion in asked:
             if criterion.canary == "spoiled":
@@ -174,7 +174,7 @@ class Watch:
             suffix_text=self._suffix_text,
         )
         rewards, verdicts, counts = judge.judge_pools(pools, seed=self.seed)
-        for name in SPENT:
+        for name in PAID:
             self.spent[name] += counts[name]
         return rewards, verdicts
 

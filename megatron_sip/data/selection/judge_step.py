@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_sip.config import Config, ConnectServer
+from megatron_sip.config import Config
 from megatron_sip.config_judge import PointwiseCriterion
 from megatron_sip.data.selection.steps import Batch, Objection
 from megatron_sip.judge.cache import Cache
@@ -21,7 +21,7 @@ from megatron_sip.judge.judge import Judge
 from megatron_sip.judge.prompts import load_prompt
 from megatron_sip.judge.servers import JudgeFailed
 from megatron_sip.services import served_model
-from megatron_sip.serving.fleet import Fleet
+from megatron_sip.serving.fleet import text_fleet
 from megatron_sip.types import Candidate, CandidatePool, SipSample
 
 _NOTHING = np.zeros(0, np.int32)
@@ -129,21 +129,8 @@ def open_judge(
             f"{', '.join(pointwise) or 'none'}"
         )
     name = criterion.servers[0]
-    server = config.servers[name]
-    folders = {} if isinstance(server, ConnectServer) else {name: Path(server.model)}
-    log_dir.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        fleet = stack.enter_context(
-            Fleet(
-                {name: server},
-                model_dirs=folders,
-                log_dir=log_dir,
-                platform_kind=config.platform.kind,
-                policy="",
-                weight_transfer="",
-            )
-        )
-        fleet.wait(on_wait)
+        fleet = stack.enter_context(text_fleet(config, [name], log_dir=log_dir, on_wait=on_wait))
         cache = Cache(config.judge.cache_dir)
         stack.callback(cache.close)
         model = served_model(config, name, fleet.endpoints[name])
