@@ -86,7 +86,7 @@ class ClassifierCriterion(Asked):
     form: Literal["classifier"]
     route: Literal["classify", "pooling"]
     """classify: the score is the probability of class `output`. pooling: the number at place
-    `output` of what the model gives, as it is."""
+    `output` of what the model gives, before softmax or sigmoid (a reward model's reward)."""
     output: NonNegativeInt = 0
     prefix_tokens: NonNegativeInt = 2048
     """It sees at most this many of the prefix's last policy tokens; 0: the candidate alone."""

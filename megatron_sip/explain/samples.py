@@ -21,7 +21,7 @@ from megatron_sip.config_judge import (
 )
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.judge.criteria import Subject, UnusableReply, fields_of
-from megatron_sip.judge.forms import form_of
+from megatron_sip.judge.forms import form_of, needs_tokenizer
 from megatron_sip.judge.prompts import Prompt, load_prompt
 from megatron_sip.judge.text_model import JudgeTokenizer
 from megatron_sip.rewriting.text import prompt_fields
@@ -94,7 +94,10 @@ def _without_data(config: Config, reason: str) -> tuple[Data, Any]:
 
 
 def measure_lengths(config: Config, tokenizer: Any, sampler: Any) -> Lengths:
-    """Mean lengths over a few samples, where data and the server's tokenizer are there."""
+    """Mean lengths over a few samples, where data and the server's tokenizer are there.
+
+    Raises: ValueError if prompts are to be sent as token ids and there is no chat template.
+    """
     samples = [sampler[i] for i in range(NUM_SAMPLES)] if sampler else []
     prefix = float(config.data.prefix_tokens)
     if samples:
@@ -106,7 +109,7 @@ def measure_lengths(config: Config, tokenizer: Any, sampler: Any) -> Lengths:
     for name, asker in _askers(config).items():
         if asker.server not in tokenizers:
             tokenizers[asker.server] = _judge_tokenizer(config, asker.server)
-        judge = tokenizers[asker.server]
+        judge = _that_can_measure(asker, tokenizers[asker.server])
         found = [_measured(asker, s, tokenizer, judge) for s in samples] if judge else []
         pairs = [pair for pair in found if pair is not None]
         whole, shared = _assumed(asker, config)
@@ -165,6 +168,15 @@ def _judge_tokenizer(config: Config, server: str) -> JudgeTokenizer | None:
         return JudgeTokenizer(folder)
     except ValueError:
         return None
+
+
+def _that_can_measure(asker: _Asker, judge: JudgeTokenizer | None) -> JudgeTokenizer | None:
+    """The tokenizer, None if it has no template and its server is the one that needs it."""
+    if judge is None or asker.prompt is None or judge.has_template:
+        return judge
+    if asker.criterion is None or needs_tokenizer(asker.criterion):
+        judge.require_template()
+    return None
 
 
 def _measured(

@@ -207,6 +207,7 @@ def _prompt(
     tokenizer = servers[criterion.servers[0]].tokenizer
     if needs_tokenizer(criterion):
         assert tokenizer is not None
+        tokenizer.require_template()
         for label in prompt.labels:
             tokenizer.label_id(label)
     return prompt

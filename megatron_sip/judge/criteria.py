@@ -184,7 +184,10 @@ def build_classifier(
     if not subject.candidate or not ids:
         raise UnusableReply("not asked: there is no continuation")
     return Request(
-        {"input": ids}, route=f"/{criterion.route}", output=criterion.output, is_sampled=False
+        {"input": ids, "use_activation": criterion.route == "classify"},  # else vLLM decides
+        route=f"/{criterion.route}",
+        output=criterion.output,
+        is_sampled=False,
     )
 
 

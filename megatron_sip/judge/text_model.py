@@ -13,15 +13,15 @@ import hashlib
 import json
 import re
 import secrets
+import string
 from array import array
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import compress, pairwise, takewhile
 from pathlib import Path
-from string import Template
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError
+from jinja2 import Template, TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -30,10 +30,11 @@ _BORDER = re.compile(r"[<\[|\uff5c].*\w")  # an added token of this form may bor
 
 
 class JudgeTokenizer:
-    """Text to token ids of one model folder (`tokenizer.json` and a chat template)."""
+    """Text to token ids of one model folder: `tokenizer.json`, and a chat template for prompts."""
 
     def __init__(self, folder: Path) -> None:
         """Raises: ValueError naming the missing file or the broken template."""
+        self._folder = folder
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ValueError(f"{folder} has no tokenizer.json; give the server model's folder")
@@ -52,7 +53,7 @@ class JudgeTokenizer:
         )
         environment.globals["raise_exception"] = _raise_template_error
         try:
-            self._template = environment.from_string(source)
+            self._template = None if source is None else environment.from_string(source)
         except TemplateError as error:
             raise ValueError(f"{folder}: chat template is broken: {error}") from None
         self._borders = {
@@ -71,6 +72,19 @@ class JudgeTokenizer:
         self._ids = lru_cache(PIECES)(self._encode_piece)
         self._pieces = lru_cache(PIECES)(self._split)
 
+    @property
+    def has_template(self) -> bool:
+        return self._template is not None
+
+    def require_template(self) -> Template:
+        """Raises: ValueError if the folder has none; what asks without prompts needs none."""
+        if self._template is None:
+            raise ValueError(
+                f"{self._folder} has no chat template, with which prompts are made; add "
+                'chat_template.jinja or a single "chat_template" in tokenizer_config.json'
+            )
+        return self._template
+
     def render(
         self, messages: Sequence[tuple[str, str]], *, fields: Mapping[str, str], answer: str = ""
     ) -> list[int]:
@@ -80,7 +94,8 @@ class JudgeTokenizer:
                  fields: value of each placeholder; untrusted.
                  answer: how the model's turn begins; trusted.
         Returns: token ids, not cut.
-        Raises:  ValueError if a placeholder has no field or the template refuses the messages.
+        Raises:  ValueError if a placeholder has no field, or there is no template or it refuses
+                 the messages.
         """
         try:
             pieces = self._pieces(tuple(messages), tuple(fields), answer)
@@ -103,8 +118,10 @@ class JudgeTokenizer:
         """
         nonce = secrets.token_hex(12)
         marks = {name: f"{nonce}{name}{nonce}" for name in names}
-        filled = [{"role": r, "content": Template(t).substitute(marks)} for r, t in messages]
-        text = self._template.render(messages=filled, add_generation_prompt=True, **self._special)
+        filled = [{"role": r, "content": string.Template(t).substitute(marks)} for r, t in messages]
+        text = self.require_template().render(
+            messages=filled, add_generation_prompt=True, **self._special
+        )
         pieces = (text + answer).split(nonce)
         wanted = sum(m["content"].count(nonce) for m in filled) // 2
         if len(pieces) // 2 != wanted:
@@ -180,15 +197,10 @@ class JudgeTokenizer:
         return ids[0]
 
 
-def _template_source(folder: Path, settings: dict[str, Any]) -> str:
+def _template_source(folder: Path, settings: dict[str, Any]) -> str | None:
     path = folder / "chat_template.jinja"
     source = path.read_text(encoding="utf-8") if path.is_file() else settings.get("chat_template")
-    if not isinstance(source, str):
-        raise ValueError(
-            f"{folder} has no chat template; add chat_template.jinja or a single "
-            '"chat_template" in tokenizer_config.json'
-        )
-    return source
+    return source if isinstance(source, str) else None
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -87,6 +87,7 @@ class Rewriter:
                 f"rewriter.server {name} has no tokenizer, with which prompts are made; give "
                 f"servers.{name}.tokenizer"
             )
+        server.tokenizer.require_template()
         self._settings, self._server, self._cache = settings, server, cache
         self._server_tokenizer = server.tokenizer
         self._tokenizer, self._limit = tokenizer, suffix_tokens

@@ -1,4 +1,5 @@
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -204,3 +205,12 @@ def test_a_prompt_that_does_not_fit_the_form_is_refused_at_the_start(folder, tmp
     wrong = PAIRWISE.model_copy(update={"prompt": "safety_pointwise_v1"})
     with pytest.raises(ValueError, match="is not for pairwise"):
         make_judge("http://h:1", folder, tmp_path, wrong)
+
+
+def test_a_prompt_without_a_chat_template_is_refused_at_the_start(folder, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(folder, bare)
+    (bare / "chat_template.jinja").unlink()
+    make_judge("http://h:1", bare, tmp_path / "a", LIKELIHOOD)
+    with pytest.raises(ValueError, match="chat template"):
+        make_judge("http://h:1", bare, tmp_path / "b", PAIRWISE)

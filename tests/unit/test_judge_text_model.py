@@ -90,12 +90,21 @@ def test_a_label_of_several_tokens_is_refused(tokenizer):
         tokenizer.label_id("1234")
 
 
-@pytest.mark.parametrize("name", ["tokenizer.json", "chat_template.jinja"])
-def test_a_missing_file_is_named(tmp_path, name):
+def test_a_missing_tokenizer_is_named(tmp_path):
     folder = make_model_folder(tmp_path / "m")
-    (folder / name).unlink()
-    with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(ValueError, match=r"tokenizer\.json"):
         JudgeTokenizer(folder)
+
+
+def test_without_a_chat_template_texts_are_encoded_and_prompts_refused(tmp_path):
+    folder = make_model_folder(tmp_path / "m")
+    ids, _ = JudgeTokenizer(folder).encode_continuation("the world ", continuation="of words")
+    (folder / "chat_template.jinja").unlink()
+    tokenizer = JudgeTokenizer(folder)  # of a classifier, say
+    assert tokenizer.encode_continuation("the world ", continuation="of words")[0] == ids
+    with pytest.raises(ValueError, match=r"chat_template\.jinja"):
+        tokenizer.render(MESSAGES, fields={"candidate": "a", "prefix": "b"})
 
 
 @pytest.mark.parametrize(
