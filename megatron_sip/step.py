@@ -14,7 +14,7 @@ from megatron_sip import curriculum
 from megatron_sip.config import Config
 from megatron_sip.console import StepConsole
 from megatron_sip.cost import step_flops
-from megatron_sip.errors import RunFailed, StepAbandoned
+from megatron_sip.errors import StepAbandoned
 from megatron_sip.exchange import WeightExchange
 from megatron_sip.experience import Experience, pool_means
 from megatron_sip.explain.shapes import policy_shape
@@ -22,11 +22,13 @@ from megatron_sip.judge.servers import PAID
 from megatron_sip.learner import Learner, Means, NotFinite, StepStopped
 from megatron_sip.metrics import PhaseTimer, reduce_means
 from megatron_sip.mismatch import mismatch_metrics
-from megatron_sip.parallel import Ranks, broadcast_rows, gather_objects, shard, shared_failure
+from megatron_sip.parallel import Ranks, broadcast_rows, gather_objects, shard
 from megatron_sip.platform import Platform
 from megatron_sip.pool_store import PoolRecord, commit_step, write_pools
+from megatron_sip.recovery import publish, with_servers
 from megatron_sip.reference import scored_by_a_model, take_reference
 from megatron_sip.rows import make_micro_batches
+from megatron_sip.serving.supervisor import Supervisor
 from megatron_sip.trust.band import breaches, watched
 from megatron_sip.types import Plan, TrainRows, TrainState
 
@@ -53,9 +55,11 @@ class Run:
     identity: dict[str, Any]  # of model and tokenizer, for checkpoints
     record_pools: bool
     replay_until: int = 0  # a resumed run learns steps below this from its own committed pools
+    servers: Supervisor | None = None  # local ones, on rank 0 of a live run
     start_policy: Any = None  # frozen copy of the first weights: second scorer, reference
     reference: Any = None  # see reference.py
     fresh_reference: bool = False
+    pending: Any = None  # checkpoint.Pending: the checkpoint that is being written
 
 
 def run_step(run: Run) -> dict[str, float]:
@@ -70,8 +74,8 @@ def run_step(run: Run) -> dict[str, float]:
     batches = share_rows(run, records)
     learned, gaps, skipped = learn(run, plan, batches)
     advance(run, means, skipped=skipped)
-    synced = sync_weights(run)
     commit_pools(run, records, means, step)
+    synced = sync_weights(run)
     parts = gather_objects((means, learned, synced, gaps), run.ranks)
     return report(run, parts) if run.ranks.is_main else {}
 
@@ -88,21 +92,18 @@ def gather_experience(run: Run, plan: Plan, step: int) -> tuple[list[PoolRecord]
 
     Raises: StepAbandoned on every rank if a server or judge failed a rank for good.
     """
-    records, means, failure = [], {}, ""
-    if run.experience is not None:
-        try:
-            records, means = run.experience.make(
-                plan,
-                curriculum.settings_of(run.config, plan),
-                step=step,
-                first_sample=run.state.consumed_samples,
-                positions=shard(run.config.data.global_batch_size, run.ranks),
-            )
-        except RunFailed as error:
-            log.exception("step %d", step + 1)
-            failure = str(error)
-    if failure := shared_failure(failure, run.platform):
-        raise StepAbandoned(f"step {step + 1}: {failure}")
+
+    def make() -> tuple[list[PoolRecord], Means]:
+        assert run.experience is not None
+        return run.experience.make(
+            plan,
+            curriculum.settings_of(run.config, plan),
+            step=step,
+            first_sample=run.state.consumed_samples,
+            positions=shard(run.config.data.global_batch_size, run.ranks),
+        )
+
+    records, means = with_servers(run, make) or ([], {})
     check_trust(run, means, step)
     means |= pool_means(records)
     version = run.state.policy_version
@@ -124,8 +125,8 @@ def check_trust(run: Run, means: Means, step: int) -> None:
         names = watched(judge.criteria)
         mine = [value for name in names for value in means.get(name, (0.0, 0.0))]
         sums = _sum_over_replicas(run, *mine)
-        found = zip(names, sums[::2], sums[1::2], strict=True)
-        wrong = breaches({name: total / n for name, total, n in found if n}, judge.trust)
+        pairs = zip(sums[::2], sums[1::2], strict=True)
+        wrong = breaches(dict(zip(names, pairs, strict=True)), judge.criteria, judge.trust)
         if wrong:
             raise StepAbandoned(
                 f"step {step + 1}: the judges cannot be believed: {'; '.join(wrong)}; see whether "
@@ -259,7 +260,7 @@ def sync_weights(run: Run) -> Means:
     due = run.state.step % run.config.rollout.sync_interval == 0
     if replayed or not (due or run.state.step == run.replay_until):
         return {}
-    return run.exchange.sync(run.state.policy_version, run.timer)
+    return publish(run)
 
 
 def commit_pools(run: Run, records: list[PoolRecord], means: Means, step: int) -> None:

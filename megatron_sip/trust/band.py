@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from megatron_sip.config_judge import Criterion, NoveltyCriterion, Trust
 
-ACCURACIES = ("judge/canary_accuracy", "judge/canary_master_keys", "judge/canary_calibration")
+ACCURACY = "judge/canary_accuracy"
+ACCURACIES = (ACCURACY, "judge/canary_master_keys", "judge/canary_calibration")
 CONSISTENCY = "judge/canary_consistency"
 
 
@@ -20,11 +21,24 @@ def watched(criteria: Sequence[Criterion]) -> list[str]:
     ]
 
 
-def breaches(means: Mapping[str, float], settings: Trust) -> list[str]:
-    """What is outside its band, a clause each.
+def breaches(
+    sums: Mapping[str, tuple[float, float]], criteria: Sequence[Criterion], settings: Trust
+) -> list[str]:
+    """What is outside its band, or was to be known and got no answer at all, a clause each.
 
-    Args: means: of all ranks, by metric.
+    Args: sums: (sum, count) over all ranks, by metric.
     """
+    silent = [
+        f"{name} has no verdict to be made of"
+        for c in criteria
+        if not isinstance(c, NoveltyCriterion) and c.canary != "none"
+        if not sums.get(name := f"{ACCURACY}/{c.name}", (0.0, 0.0))[1]
+    ]
+    return silent + _outside({k: total / n for k, (total, n) in sums.items() if n}, settings)
+
+
+def _outside(means: Mapping[str, float], settings: Trust) -> list[str]:
+    """Means outside their bands."""
     found = []
     for name, value in sorted(means.items()):
         is_order = name.startswith(CONSISTENCY)

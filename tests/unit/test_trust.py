@@ -125,7 +125,13 @@ def test_a_good_judge_gets_everything_right_and_nothing_is_kept(tmp_path: Path) 
     assert found["judge/canary_accuracy/q"] == (6.0, 6.0)
     assert found["judge/canary_consistency/q"] == (18.0, 18.0)
     assert set(means) <= set(watched([QUALITY, SAFETY]))
-    assert breaches(means, it.settings) == []
+    assert breaches(found, [QUALITY, SAFETY], it.settings) == []
+    silent = breaches(
+        found | {"judge/canary_accuracy/s": (0.0, 0.0)}, [QUALITY, SAFETY], it.settings
+    )
+    assert silent == ["judge/canary_accuracy/s has no verdict to be made of"]
+    unwatched = SAFETY.model_copy(update={"canary": "none"})
+    assert breaches({}, [unwatched], it.settings) == []
 
 
 def test_a_judge_that_answers_a_position_is_found_out(tmp_path: Path) -> None:
@@ -133,10 +139,11 @@ def test_a_judge_that_answers_a_position_is_found_out(tmp_path: Path) -> None:
     one, two = (JudgeTokenizer(folder).label_id(x) for x in "12")
     with scripted_server(lambda *_: labels_reply({one: math.log(0.9), two: math.log(0.1)})) as url:
         it = watch(url, folder, QUALITY, min_order_consistency=0.7)
-        means = means_of(it.look(0, []))
+        found = it.look(0, [])
+    means = means_of(found)
     assert means["judge/canary_accuracy/q"] == 0.5  # ties
     assert means["judge/canary_consistency/q"] == 0.0
-    said = breaches(means, it.settings)
+    said = breaches(found, [QUALITY], it.settings)
     assert "judge/canary_accuracy/q is 0.500, judge.trust.min_accuracy is 0.6" in said
     assert "judge/canary_consistency/q is 0.000, judge.trust.min_order_consistency is 0.7" in said
 

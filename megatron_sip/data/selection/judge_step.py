@@ -128,17 +128,19 @@ def open_judge(
             f"--criterion {name!r} is no pointwise criterion of the recipe, which has "
             f"{', '.join(pointwise) or 'none'}"
         )
-    name = criterion.servers[0]
     with ExitStack() as stack:
-        fleet = stack.enter_context(text_fleet(config, [name], log_dir=log_dir, on_wait=on_wait))
+        fleet = stack.enter_context(
+            text_fleet(config, criterion.servers, log_dir=log_dir, on_wait=on_wait)
+        )
         cache = Cache(config.judge.cache_dir)
         stack.callback(cache.close)
-        model = served_model(config, name, fleet.endpoints[name])
+        models = {n: served_model(config, n, fleet.endpoints[n]) for n in criterion.servers}
+        model = models[criterion.servers[0]]  # all serve the same
         prompt = load_prompt(criterion.prompt)
         yield (
             Judge(
-                [criterion.model_copy(update={"server": name})],
-                servers={name: model},
+                [criterion],
+                servers=models,
                 cache=cache,
                 settings=config.judge.model_copy(update={"max_missing_rate": 1.0}),
                 prefix_text=lambda sample, num_tokens: "",
