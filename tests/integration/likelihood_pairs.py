@@ -39,7 +39,8 @@ from megatron_sip.serving.fleet import text_fleet  # noqa: E402
 
 NAME, KEY_VARIABLE = "pairs", "MEGATRON_SIP_PAIRS_JUDGE_KEY"
 PROMPT = "quality_pairwise_v2"
-TEMPERATURE = 0.1  # nats a token; rollouts of one pool differ by a few tenths
+TEMPERATURE = 0.1  # nats a token
+WEIGHT = 3.0  # of the win rate; beside the quickstart's novelty it orders pools about as likelihood
 MARKED = re.compile(r"\[([0-9a-f]{8})\n(.*?)\n\1\]", re.DOTALL)
 DEADLINE_S = 300.0
 
@@ -126,7 +127,7 @@ def pairwise_overrides(
                     "url": endpoint.url, "model": endpoint.model, "api_key_env": KEY_VARIABLE,
                 },
                 f"servers.{NAME}": connect | {"url": url, "model": NAME},
-                "judge.criteria": [by_pairs | {"weight": 1.75}, *others],
+                "judge.criteria": [by_pairs | {"weight": WEIGHT}, *others],
                 "judge.schedule": {"name": "adaptive", "budget": budget},
             }  # fmt: skip
             sets = [as_tables(key, value) for key, value in values.items()]
