@@ -25,6 +25,10 @@ NEEDED = {
     "apply_query_key_layer_scaling": False,
     "fp8_dot_product_attention": False,
 }
+KERNELS = 64  # at most so many compiled variants of FlexAttention
+# For rows below 128 positions it would take its decoding kernel, which is for inference and does
+# not compile for lengths that vary.
+KERNEL_OPTIONS = {"FORCE_USE_FLEX_ATTENTION": True}
 
 
 def visible(branch_ids: torch.Tensor) -> torch.Tensor:
@@ -99,10 +103,17 @@ def masked_attention(
 
 @cache
 def compiled_flex_attention() -> Any:
-    """FlexAttention as a fused kernel, one for all layers of this process."""
+    """FlexAttention as a fused kernel, one for all layers of this process.
+
+    It is compiled anew for one row or several, for lengths of one block or more and whole blocks or
+    not, each with and without gradient: more often than PyTorch's limit, past which the kernel
+    would silently give way to one that holds all scores.
+    """
+    import torch._dynamo.config as limits
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention)
+    limits.recompile_limit = max(limits.recompile_limit, KERNELS)
+    return torch.compile(flex_attention, fullgraph=True)  # fullgraph: an error past the limit
 
 
 def block_attention(
@@ -110,7 +121,9 @@ def block_attention(
 ) -> torch.Tensor:
     """As `masked_attention`, without a mask tensor; the path of the GPU."""
     mask = shared_block_mask(branch_ids)
-    return compiled_flex_attention()(query, key, value, block_mask=mask, enable_gqa=True)
+    return compiled_flex_attention()(
+        query, key, value, block_mask=mask, enable_gqa=True, kernel_options=KERNEL_OPTIONS
+    )
 
 
 class BranchAttention(torch.nn.Module):
@@ -150,8 +163,7 @@ class BranchAttention(torch.nn.Module):
         if attention_mask is None and self.causal is not None:
             return self.causal(query, key, value, None, **rest)
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if query.is_cuda:
-            assert attention_mask is not None
+        if query.is_cuda and attention_mask is not None:
             out = block_attention(q, k, v, attention_mask)
         else:
             out = masked_attention(q, k, v, attention_mask)

@@ -1,8 +1,8 @@
 """The hardware, as one object: device, backend, dtype, layer spec, FP8, seeds, memory.
 
-`cpu` and `cuda` take the same code path through the rest of the package. The cuda side was written
-from the sources of Megatron-Core and Transformer Engine; what of it a CPU can check is in
-`tests/unit/test_platform.py`, the rest waits for a GPU (docs in README.md, "On GPUs").
+`cpu` and `cuda` take the same code path through the rest of the package. The cuda side is tested by
+`tests/gpu` on one GPU, and by `tests/unit/test_platform.py` as far as a CPU can; docs/gpus.md says
+what ran where.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Platform:
             "pipeline_dtype": self.params_dtype,
             "params_dtype": self.params_dtype,
             "deterministic_mode": self.deterministic,
-            "bf16": True,
+            "bf16": self.params_dtype == torch.bfloat16,
         }
         if self.fp8 is not None:
             fields |= {

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_sip import branch_attention
 from megatron_sip.branch_attention import (
     NEEDED,
     BranchAttention,
@@ -76,6 +77,29 @@ def test_flex_attention_with_the_block_mask_gives_the_same() -> None:
     q, k, v = (t.detach() for t in tensors(torch.float32))
     found = flex_attention(q, k, v, block_mask=block_mask(IDS), enable_gqa=True)
     torch.testing.assert_close(found, masked_attention(q, k, v, IDS), rtol=1e-5, atol=1e-6)
+
+
+def test_the_kernel_is_flex_attentions_own_and_is_never_silently_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    asked, compiled = [], []
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch, "compile", lambda f, **named: compiled.append((f, named)) or f)
+    branch_attention.compiled_flex_attention.__wrapped__()
+    assert compiled == [(flex_attention, {"fullgraph": True})]  # an error past the limit
+    assert torch._dynamo.config.recompile_limit == branch_attention.KERNELS
+
+    def kernel(*tensors: torch.Tensor, **named: object) -> torch.Tensor:
+        asked.append(named["kernel_options"])
+        return flex_attention(*tensors, **named)
+
+    monkeypatch.setattr(branch_attention, "compiled_flex_attention", lambda: kernel)
+    q, k, v = (t.detach() for t in tensors(torch.float32))
+    found = branch_attention.block_attention(q, k, v, IDS)
+    torch.testing.assert_close(found, masked_attention(q, k, v, IDS), rtol=1e-5, atol=1e-6)
+    assert asked == [{"FORCE_USE_FLEX_ATTENTION": True}]  # not the one for decoding
 
 
 def test_another_branch_changes_nothing_and_gets_no_gradient() -> None:
