@@ -11,6 +11,8 @@ import json
 import sys
 
 HELP = """benchmarks:
+  checkpoint     save, load and verify checkpoints of 135 M, 360 M and 1.1 B parameters, and what
+                 an asynchronous save stops the training for; ratios blocked_*, save_*
   dataset-start  first batch of 10^12 tokens in 10,000 files, and of 10^9 tokens against
                  Megatron-Core's GPTDataset; ratios speedup, first_batch_s
   judge-attacks  attacks on SmolLM2 behind vLLM: shift of label verdicts against harmless texts,
@@ -28,6 +30,8 @@ HELP = """benchmarks:
                  ratios throughput_json, throughput_sentencepiece, memory_at_5x
   shared-prefix  the update on rows that share a prefix against padded rows;
                  ratios grpo_k16, dpo_pair (and _long), padded / shared
+  weight-sync    weights of 10 M, 135 M and 10^9 parameters through shared memory against a plain
+                 copy, digest, apply and pause apart; the plan for H100; ratio memcpy_share
 
 Ratios of loss-head are ours / plain, those called throughput, speedup or by an objective plain /
 ours; times are medians of interleaved repetitions. Nothing else should run on the machine: a

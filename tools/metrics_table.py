@@ -16,6 +16,8 @@ HEAD = """# Metrics
 | name | unit | meaning |
 |---|---|---|"""
 NAMES = {
+    r"rollout/server_s/[^/\s]+": "rollout/server_s/SERVER",
+    r"sync/server_s/[^/\s]+": "sync/server_s/SERVER",
     r"reward/[^/\s]+": "reward/CRITERION",
     r"judge/canary_accuracy/[^/\s]+": "judge/canary_accuracy/CRITERION",
     r"judge/canary_master_keys/[^/\s]+": "judge/canary_master_keys/CRITERION",

@@ -14,8 +14,8 @@ from importlib import import_module
 from typing import Any
 
 BENCHMARKS = (
-    "dataset-start", "judge-attacks", "judge-client", "judge-schedules", "judge-tokens",
-    "loss-head", "preprocess", "shared-prefix",
+    "checkpoint", "dataset-start", "judge-attacks", "judge-client", "judge-schedules",
+    "judge-tokens", "loss-head", "preprocess", "shared-prefix", "weight-sync",
 )  # fmt: skip
 
 

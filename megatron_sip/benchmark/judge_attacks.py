@@ -77,7 +77,7 @@ def run() -> dict[str, Any]:
             model_dirs={"judge": JUDGE},
             log_dir=Path(folder),
             platform_kind="cpu",
-            policy="",
+            policy=(),
             weight_transfer="",
         ) as fleet,
     ):

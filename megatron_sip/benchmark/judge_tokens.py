@@ -136,7 +136,7 @@ def _server() -> Iterator[Endpoint]:
             model_dirs={"judge": JUDGE},
             log_dir=Path(folder),
             platform_kind="cpu",
-            policy="",
+            policy=(),
             weight_transfer="",
         )
         with fleet:

@@ -1,10 +1,8 @@
-"""Receiving side of the `shared_memory` backend. Runs inside the vLLM worker, never the trainer.
+"""The `shared_memory` backend inside the vLLM worker; never imported by the trainer.
 
-The trainer writes buckets of Hugging Face tensors as safetensors into one folder of shared memory
-and names them with their digests; the worker checks every digest before it loads a tensor, and the
-whole update before it publishes. On CPU vLLM repacks linear weights after loading, so an update
-runs inside vLLM's layerwise reload. An update that fails half-way leaves the server unusable, as
-with every backend: it is restarted, never resumed.
+`Receiver` checks what comes; here it meets vLLM's model. On CPU vLLM repacks linear weights after
+loading, so an update runs inside vLLM's layerwise reload. An update that fails half-way leaves the
+server unusable, as with every backend: it is restarted, never resumed.
 """
 
 from __future__ import annotations
@@ -13,8 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import safe_open
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
     WeightTransferInitInfo,
@@ -25,23 +21,24 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from megatron_sip.rollout.digest import tensor_digest
+from megatron_sip.rollout.ledger import Announcement, UpdateLedger
+from megatron_sip.rollout.receiver import Receiver
 
 
 @dataclass
 class SharedMemoryInit(WeightTransferInitInfo):
-    """Folder that the trainer writes to."""
+    """Folder that the trainer writes to, and this server's name in the recipe."""
 
     root: str
+    server: str
 
 
 @dataclass
 class SharedMemoryUpdate(WeightTransferUpdateInfo):
-    """One bucket: a file name inside the folder, and the digest of each tensor in it."""
+    """One bucket: a file name inside the folder, and the fields of its `Announcement`."""
 
     file: str
-    digests: dict[str, str]
-    num_tensors: int  # of the whole update
+    bucket: dict[str, Any]
 
 
 class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpdate]):
@@ -49,17 +46,18 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
 
     init_info_cls = SharedMemoryInit
     update_info_cls = SharedMemoryUpdate
+    _receiver: Receiver | None = None
 
     def init_transfer_engine(self, init_info: SharedMemoryInit) -> None:
-        root = Path(init_info.root)
-        if not root.is_dir():
-            raise ValueError(f"weight exchange folder {root} does not exist on this host")
-        self._root = root
-        self._received: set[str] = set()
-        self._expected = 0
+        """A trainer that comes anew counts its versions anew; what is broken stays so."""
+        root, old = Path(init_info.root), self._receiver
+        goes_on = old is not None and (old.root == root or bool(old.ledger.broken))
+        ledger = old.ledger if old is not None and goes_on else UpdateLedger()
+        rank = self.parallel_config.rank if self.parallel_config is not None else 0
+        self._receiver = Receiver(root, server=init_info.server, rank=rank, ledger=ledger)
 
     def start_weight_update(self) -> None:
-        self._received, self._expected = set(), 0
+        self._ready().start()
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict) -> None:
@@ -67,31 +65,17 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         self.receive_weights(self.parse_update_info(update_info))
 
     def receive_weights(self, update_info: SharedMemoryUpdate) -> None:
-        if update_info.file in ("", "..") or Path(update_info.file).name != update_info.file:
-            raise ValueError(f"bucket {update_info.file!r} must be a file name without folders")
-        self._expected = update_info.num_tensors
-        with safe_open(self._root / update_info.file, "pt") as file:
-            if set(file.keys()) != set(update_info.digests):
-                raise ValueError(f"{update_info.file}: its tensors are not the announced ones")
-            model: Any = self.model
-            model.load_weights(
-                (name, self._checked(name, file.get_tensor(name), digest))
-                for name, digest in update_info.digests.items()
-            )
-
-    def _checked(self, name: str, tensor: torch.Tensor, digest: str) -> torch.Tensor:
-        if tensor_digest(tensor) != digest:
-            raise ValueError(f"{name}: received bytes differ from those that were sent")
-        if name in self._received:
-            raise ValueError(f"{name}: sent twice in one update")
-        self._received.add(name)
-        return tensor
+        model: Any = self.model
+        bucket = Announcement(**update_info.bucket)
+        self._ready().receive(update_info.file, bucket, model.load_weights)
 
     def finish_weight_update(self) -> None:
-        if not self._received or len(self._received) != self._expected:
-            raise ValueError(
-                f"update holds {len(self._received)} tensors, {self._expected} were announced"
-            )
+        self._ready().finish()
         finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None: ...
+
+    def _ready(self) -> Receiver:
+        if self._receiver is None:
+            raise ValueError("weights are sent to a worker that no trainer has initialised")
+        return self._receiver

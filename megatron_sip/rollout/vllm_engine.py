@@ -1,32 +1,50 @@
-"""Rollouts from a vLLM server: token ids in, token ids and log-probs out.
+"""Rollouts from one or several vLLM servers: token ids in, token ids and log-probs out.
 
-One request a prefix with n = K children; child k samples with seed + k. The prefix cache is salted
-with the weights' version, and each reply says which weights made it: a reply of another version,
-of two versions, or of an aborted request never enters a pool.
+One request a prefix with n = K children; child k samples with seed + k. A prefix's server is a
+function of its sample id alone, and its seed of (seed, step, sample): what is sampled does not
+depend on who answers. The prefix cache is salted with the weights' version, and each reply says
+which weights made it: a reply of another version, of two versions, or of an aborted request never
+enters a pool.
 """
 
 from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
 import numpy as np
 
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.errors import RunFailed
-from megatron_sip.serving.client import Endpoint, HttpClient
+from megatron_sip.serving.client import Endpoint, HttpClient, run
 from megatron_sip.types import Candidate, SipSample
 
 
 class BadReply(RunFailed):
     """A rollout server answered what cannot be a rollout of the published weights."""
 
+    server: str = ""
+    """Who answered; "" where nobody did."""
+
+
+def _refused(server: str, reason: str) -> BadReply:
+    error = BadReply(f"{server}: {reason}")
+    error.server = server
+    return error
+
 
 def derived_seed(*parts: int) -> int:
     """A 31-bit seed that is a function of its parts (seed, step, sample)."""
     return int(np.random.SeedSequence(parts).generate_state(1)[0]) >> 1
+
+
+def home_of(sample_id: int, num_servers: int) -> int:
+    """Which of the servers a prefix belongs to: always the same one, and all get as many."""
+    return sample_id % num_servers
 
 
 def policy_version_of(weight_version: str) -> int:
@@ -41,11 +59,11 @@ def policy_version_of(weight_version: str) -> int:
 
 
 class VllmEngine:
-    """Generates with the weights that were last published."""
+    """Generates with the weights that were last published on all of its servers."""
 
     def __init__(
         self,
-        endpoint: Endpoint,
+        endpoints: Sequence[Endpoint],
         tokenizer: Tokenizer,
         *,
         temperature: float,
@@ -54,10 +72,12 @@ class VllmEngine:
         concurrency: int,
         timeout_s: float,
     ) -> None:
-        self._endpoint, self._tokenizer = endpoint, tokenizer
+        self.endpoints = tuple(endpoints)  # in the order of rollout.server; new after a restart
+        self._tokenizer = tokenizer
         self._sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
         self._max_tokens, self._concurrency, self._timeout_s = max_tokens, concurrency, timeout_s
-        self.weight_version = ""  # set by the weight exchange
+        self.weight_version = ""  # set by the weight exchange; "" while nothing is published
+        self.seconds: dict[str, float] = {}  # of the last `generate`, to each server's last reply
 
     def generate(
         self, samples: Sequence[SipSample], num_rollouts: int, *, seed: int, step: int
@@ -65,44 +85,77 @@ class VllmEngine:
         """K rollouts of every prefix.
 
         Returns: for each sample K candidates in the order of their seeds.
-        Raises:  BadReply if a reply is malformed or was made by other weights.
+        Raises:  BadReply if no weights are published, or a reply is malformed or was made by other
+                 weights; RequestFailed if a server does not answer. Both name the server.
         """
-
-        async def everything() -> list[dict[str, Any]]:
-            async with HttpClient(self._endpoint, concurrency=self._concurrency) as client:
-                return await asyncio.gather(
-                    *(
-                        client.post(
-                            "/inference/v1/generate",
-                            self._request(sample, num_rollouts, seed, step),
-                            deadline_s=self._timeout_s,
-                        )
-                        for sample in samples
-                    )
-                )
-
-        replies = asyncio.run(everything())
+        if not self.weight_version:
+            raise BadReply("no weights are published on the rollout servers; exchange them first")
+        homes = [home_of(sample.sample_id, len(self.endpoints)) for sample in samples]
+        requests = [self._request(sample, num_rollouts, seed, step) for sample in samples]
+        replies = asyncio.run(self._post(list(zip(homes, requests, strict=True))))
         return [
-            self._candidates(sample, reply, num_rollouts)
-            for sample, reply in zip(samples, replies, strict=True)
+            self._candidates(sample, reply, num_rollouts, server=self.endpoints[home].name)
+            for sample, reply, home in zip(samples, replies, homes, strict=True)
         ]
 
-    def prompt_logprobs(self, token_ids: Sequence[int]) -> np.ndarray:
-        """Log-probs of token 1.. given the tokens before, nats, float32[len - 1] (the probe)."""
+    def prompt_logprobs(self, token_ids: Sequence[int]) -> dict[str, np.ndarray]:
+        """The probe: what every server says of the same tokens with the published weights.
+
+        Returns: by server's name the log-probs of token 1.. given those before, nats,
+                 float32[len - 1].
+        Raises:  as `generate`.
+        """
         request = {
             "token_ids": [int(t) for t in token_ids],
             "sampling_params": {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0},
+            "cache_salt": self.weight_version,
+        }
+        replies = asyncio.run(self._post([(i, request) for i in range(len(self.endpoints))]))
+        return {
+            endpoint.name: self._prompt_logprobs(reply, token_ids, server=endpoint.name)
+            for endpoint, reply in zip(self.endpoints, replies, strict=True)
         }
 
-        async def ask() -> dict[str, Any]:
-            async with HttpClient(self._endpoint, concurrency=1) as client:
-                return await client.post(
+    async def _post(self, requests: Sequence[tuple[int, dict[str, Any]]]) -> list[dict[str, Any]]:
+        """Replies to (place of a server, request), in order; the first failure is raised."""
+        started, self.seconds = time.perf_counter(), {}
+        async with AsyncExitStack() as stack:
+            clients = [
+                await stack.enter_async_context(HttpClient(e, concurrency=self._concurrency))
+                for e in self.endpoints
+            ]
+
+            async def post(client: HttpClient, request: dict[str, Any]) -> dict[str, Any]:
+                reply = await client.post(
                     "/inference/v1/generate", request, deadline_s=self._timeout_s
                 )
+                self.seconds[client.endpoint.name] = time.perf_counter() - started
+                return reply
 
-        entries = asyncio.run(ask())["prompt_logprobs"]
-        values = [e[str(t)]["logprob"] for e, t in zip(entries[1:], token_ids[1:], strict=True)]
-        return np.array(values, np.float32)
+            return await run(post(clients[home], request) for home, request in requests)
+
+    def _prompt_logprobs(
+        self, reply: dict[str, Any], token_ids: Sequence[int], *, server: str
+    ) -> np.ndarray:
+        try:
+            (choice,) = reply["choices"]
+            self._check_version(choice, server=server)
+            entries = reply["prompt_logprobs"]
+            values = [e[str(t)]["logprob"] for e, t in zip(entries[1:], token_ids[1:], strict=True)]
+            return np.array(values, np.float32)
+        except (KeyError, TypeError, ValueError) as error:
+            reason = f"malformed reply: {type(error).__name__} {error}"
+            raise _refused(server, reason) from error
+
+    def _check_version(self, choice: dict[str, Any], *, server: str) -> None:
+        versions = {span["version"] for span in choice.get("weight_versions") or ()}
+        if versions != {self.weight_version}:
+            raise _refused(
+                server,
+                f"a rollout was made by weights {sorted(versions)}, but "
+                f"{self.weight_version!r} were published; the server was restarted or updated by "
+                "someone else",
+            )
 
     def _request(self, sample: SipSample, k: int, seed: int, step: int) -> dict[str, Any]:
         sampling = self._sampling | {
@@ -117,34 +170,29 @@ class VllmEngine:
             "cache_salt": self.weight_version,
         }
 
-    def _candidates(self, sample: SipSample, reply: dict[str, Any], k: int) -> list[Candidate]:
-        name = self._endpoint.name
+    def _candidates(
+        self, sample: SipSample, reply: dict[str, Any], k: int, *, server: str
+    ) -> list[Candidate]:
         try:
             choices = sorted(reply["choices"], key=lambda c: c["index"])
             if [c["index"] for c in choices] != list(range(k)):
-                raise BadReply(f"{name}: asked for {k} rollouts, got {len(choices)}")
-            return [self._candidate(sample, choice) for choice in choices]
+                raise _refused(server, f"asked for {k} rollouts, got {len(choices)}")
+            return [self._candidate(sample, choice, server=server) for choice in choices]
         except (KeyError, TypeError, ValueError) as error:
-            raise BadReply(f"{name}: malformed reply: {type(error).__name__} {error}") from error
+            reason = f"malformed reply: {type(error).__name__} {error}"
+            raise _refused(server, reason) from error
 
-    def _candidate(self, sample: SipSample, choice: dict[str, Any]) -> Candidate:
-        name = self._endpoint.name
+    def _candidate(self, sample: SipSample, choice: dict[str, Any], *, server: str) -> Candidate:
         ids = np.array(choice["token_ids"], np.int32)
         content = choice["logprobs"]["content"]
         logprobs = np.array([entry["logprob"] for entry in content], np.float32)
-        versions = {span["version"] for span in choice.get("weight_versions") or ()}
-        if versions != {self.weight_version}:
-            raise BadReply(
-                f"{name}: a rollout was made by weights {sorted(versions)}, but "
-                f"{self.weight_version!r} were published; the server was restarted or updated by "
-                "someone else"
-            )
+        self._check_version(choice, server=server)
         if choice["finish_reason"] not in ("stop", "length"):
-            raise BadReply(f"{name}: a rollout ended by {choice['finish_reason']!r}")
+            raise _refused(server, f"a rollout ended by {choice['finish_reason']!r}")
         if [entry["token_id"] for entry in content] != ids.tolist():
-            raise BadReply(f"{name}: log-probs do not belong to the returned tokens")
+            raise _refused(server, "log-probs do not belong to the returned tokens")
         if not 0 < len(ids) <= self._max_tokens or not all(map(math.isfinite, logprobs)):
-            raise BadReply(f"{name}: {len(ids)} tokens with log-probs {logprobs.tolist()}")
+            raise _refused(server, f"{len(ids)} tokens with log-probs {logprobs.tolist()}")
         _, text = self._tokenizer.continuation_text(sample.prefix_ids, ids)
         return Candidate(
             "rollout", ids, text, logprobs, policy_version_of(self.weight_version),

@@ -8,26 +8,17 @@ nothing of vLLM, so the CPU trainer need not load it (`weight_transfer.py` adapt
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_sip.config import Model
-from megatron_sip.convert.names import Entry, name_table, stage_of
+from megatron_sip.config_model import Model
+from megatron_sip.convert.names import Entry, held_name, name_table, stage_of
+from megatron_sip.convert.tensor_folder import TensorInfo
 from megatron_sip.model import Policy, global_name
 from megatron_sip.parallel import Ranks
 from megatron_sip.platform import Platform
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """What iteration will yield."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
 
 
 class MegatronWeightSource:
@@ -64,60 +55,56 @@ class MegatronWeightSource:
         local = {global_name(n, self._policy.module): p
                  for n, p in self._policy.module.named_parameters()}  # fmt: skip
         for entry in self._table:
-            full = self._gather(entry, local)
-            if full is None:
-                continue
-            parts = entry.split(full, self._model)
-            for name, shape, tensor in zip(entry.names, entry.shapes, parts, strict=True):
+            for name, shape, tensor in zip(
+                entry.names, entry.shapes, self._gather(entry, local), strict=False
+            ):
                 if tuple(tensor.shape) != shape:
                     raise ValueError(f"{name}: gathered {tuple(tensor.shape)}, expected {shape}")
                 yield name, tensor.contiguous()
 
-    def _gather(self, entry: Entry, local: dict[str, torch.nn.Parameter]) -> torch.Tensor | None:
-        """Full Megatron tensor of an entry on rank 0, None elsewhere."""
+    def _gather(self, entry: Entry, local: dict[str, torch.nn.Parameter]) -> list[torch.Tensor]:
+        """Hugging Face tensors of an entry on rank 0, none elsewhere."""
         from megatron.core import parallel_state
 
         stage = stage_of(entry, self._model, pipeline_size=self._ranks.pp_size)
-        full = None
+        whole: list[torch.Tensor] = []
         if self._ranks.pp_rank == stage:
-            found = [local[name] for name in entry.megatron if name in local]
-            if len(found) != 1:
-                raise ValueError(
-                    f"stage {stage} holds {len(found)} of {entry.megatron}; exactly one is needed"
-                )
-            full = self._join(entry, found[0].detach())
+            whole = self._join(entry, local[held_name(entry, local)].detach())
         if stage == 0:
-            return full if self._ranks.is_main else None
+            return whole if self._ranks.is_main else []
         if self._ranks.tp_rank != 0:
-            return None
+            return []
         group: Any = parallel_state.get_pipeline_model_parallel_group()
         if self._ranks.pp_rank == stage:
-            assert full is not None
-            dist.send(full.contiguous(), dst=0, group=group)
+            for tensor in whole:
+                dist.send(tensor.contiguous(), dst=0, group=group)
         elif self._ranks.is_main:
-            shape = _joined_shape(entry)
-            full = torch.empty(
-                shape, dtype=self._platform.params_dtype, device=self._platform.device
-            )
             source = dist.get_global_rank(group, stage)
-            dist.recv(full, src=source, group=group)
-            return full
-        return None
+            for shape in entry.shapes:
+                whole.append(
+                    torch.empty(
+                        shape, dtype=self._platform.params_dtype, device=self._platform.device
+                    )
+                )
+                dist.recv(whole[-1], src=source, group=group)
+            return whole
+        return []
 
-    def _join(self, entry: Entry, tensor: torch.Tensor) -> torch.Tensor:
-        """All tensor-parallel slices of this stage, joined."""
+    def _join(self, entry: Entry, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Hugging Face tensors of an entry, from the slices of this stage's tensor-parallel ranks.
+        """  # fmt: skip
         from megatron.core import parallel_state
 
         size = parallel_state.get_tensor_model_parallel_world_size()
-        if entry.gather_dim is None or size == 1:
-            return tensor
-        parts = [torch.empty_like(tensor) for _ in range(size)]
-        dist.all_gather(
-            parts, tensor.contiguous(), group=parallel_state.get_tensor_model_parallel_group()
-        )
-        return entry.join(parts)
-
-
-def _joined_shape(entry: Entry) -> tuple[int, ...]:
-    """Shape of the full Megatron tensor: its Hugging Face parts stacked along dimension 0."""
-    return (sum(shape[0] for shape in entry.shapes), *entry.shapes[0][1:])
+        parts = [tensor]
+        if entry.dim is not None and size > 1:
+            parts = [torch.empty_like(tensor) for _ in range(size)]
+            dist.all_gather(
+                parts, tensor.contiguous(), group=parallel_state.get_tensor_model_parallel_group()
+            )
+        slices = [entry.split(part, self._model) for part in parts]
+        whole = [torch.cat(of, entry.dim) if len(of) > 1 else of[0]
+                 for of in zip(*slices, strict=True)]  # fmt: skip
+        if entry.padded:
+            whole = [tensor[: shape[0]] for tensor, shape in zip(whole, entry.shapes, strict=True)]
+        return whole

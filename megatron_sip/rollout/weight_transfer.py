@@ -7,98 +7,72 @@ random weights, so what was never synchronised can neither serve unnoticed nor l
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol, cast
 
 import torch
-import xxhash
-from safetensors.torch import save_file
 
 from megatron_sip.rollout.control import ControlClient
-from megatron_sip.rollout.digest import tensor_digest
-from megatron_sip.rollout.weight_source import MegatronWeightSource
-from megatron_sip.serving.sessions import TEMP_PREFIX
+from megatron_sip.rollout.weight_source import MegatronWeightSource, TensorInfo
 
 
 class Sender(Protocol):
-    """Moves one version of the weights. Every trainer rank calls `send`."""
+    """Moves one version of the weights. Every trainer rank calls all but `close` together."""
 
-    def send(self, version: int) -> str:
-        """Start, update, finish; returns the published version on rank 0, "" elsewhere."""
+    seconds: dict[str, float]
+    """Parts of the last `send` that are known: transport, digest, apply."""
+
+    def connect(self) -> None:
+        """Prepare the servers' side; again, with new servers or a new group, after a failure."""
+        ...
+
+    def begin(self) -> None:
+        """An exchange begins: from here to the end of `send` or `abandon` all ranks walk."""
+        ...
+
+    def send(self, version: int, *, may_equal: bool) -> str:
+        """Start, update, finish.
+
+        Args:    may_equal: the policy has not moved since the last exchange.
+        Returns: the published version on rank 0, "" elsewhere.
+        """
+        ...
+
+    def abandon(self) -> None:
+        """After a failure: leave the transfer group and walk the stream to its end, where the
+        other ranks wait."""
         ...
 
     def close(self) -> None: ...
 
 
-def buckets(source: MegatronWeightSource, limit_bytes: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Group the stream into pieces of at most `limit_bytes` (a larger tensor stands alone)."""
-    bucket: dict[str, torch.Tensor] = {}
-    size = 0
-    for name, tensor in source:
-        nbytes = tensor.numel() * tensor.element_size()
-        if bucket and size + nbytes > limit_bytes:
-            yield bucket
-            bucket, size = {}, 0
-        bucket[name], size = tensor.detach().to("cpu", copy=True), size + nbytes
-    if bucket:
-        yield bucket
+class Walk:
+    """The source's stream, one pass an update, which a rank that fails can still walk to its end.
 
+    Every pass gathers over the trainer's ranks: one that stopped in the middle would leave the
+    others waiting.
+    """
 
-class SharedMemorySender:
-    """Buckets as safetensors files in shared memory, on one CPU host."""
+    def __init__(self, source: MegatronWeightSource) -> None:
+        self._source, self._begun = source, False
+        self._pass: Iterator[tuple[str, torch.Tensor]] | None = None
 
-    def __init__(
-        self, source: MegatronWeightSource, control: ControlClient | None, *, bucket_mib: int
-    ) -> None:
-        self._source, self._control = source, control
-        self._limit = bucket_mib * 2**20
-        self._root: Path | None = None
-        if control is not None:
-            shared = Path("/dev/shm")
-            self._root = Path(
-                tempfile.mkdtemp(
-                    prefix=f"{TEMP_PREFIX}{os.getpid()}-", dir=shared if shared.is_dir() else None
-                )
-            )
+    def metadata(self) -> list[TensorInfo]:
+        return self._source.metadata()
 
-    @property
-    def root(self) -> Path | None:
-        """Folder of the buckets on rank 0; the watchdog removes it if the trainer is killed."""
-        return self._root
+    def begin(self) -> None:
+        """A new pass is due."""
+        self._begun, self._pass = True, None
 
-    def connect(self) -> None:
-        """Tell the servers where buckets will be (again after a restart)."""
-        if self._control is not None:
-            self._control.init_weight_transfer_engine({"root": str(self._root)})
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self._pass = iter(self._source)
+        return self._pass
 
-    def send(self, version: int) -> str:
-        if self._control is None:
-            for _ in self._source:  # join the gathers
+    def finish(self) -> None:
+        """Walk what is left of the pass that is due, be it all of it."""
+        if self._begun:
+            for _ in self if self._pass is None else self._pass:
                 pass
-            return ""
-        assert self._root is not None
-        self._control.start_weight_update()
-        total = xxhash.xxh3_64()
-        num_tensors = len(self._source.metadata())
-        for i, bucket in enumerate(buckets(self._source, self._limit)):
-            file = self._root / f"bucket_{i:05d}.safetensors"
-            digests = {name: tensor_digest(tensor) for name, tensor in bucket.items()}
-            save_file(bucket, file)
-            update = {"file": file.name, "digests": digests, "num_tensors": num_tensors}
-            self._control.update_weights(update)
-            file.unlink()
-            total.update("".join(digests.values()).encode())
-        published = f"{version}-{total.hexdigest()}"
-        self._control.finish_weight_update(published)
-        return published
-
-    def close(self) -> None:
-        if self._root is not None:
-            shutil.rmtree(self._root, ignore_errors=True)
 
 
 class NcclSender:
@@ -115,26 +89,37 @@ class NcclSender:
         bucket_mib: int,
         rank: int,
         master_address: str,
-        master_port: int,
+        next_port: Callable[[], int],
     ) -> None:
-        self._source, self._control = _as_vllm_source(source), control
+        """Args: master_address: of rank 0's host, as every worker reaches it. next_port: a port
+        that is free there now.
+        """
+        self._walk, self._control = Walk(source), control
+        self._source = _as_vllm_source(self._walk)
         self._bucket_bytes, self._rank = bucket_mib * 2**20, rank
-        self._address, self._port = master_address, master_port
+        self._address, self._next_port = master_address, next_port
         self._engine: Any = None
+        self.seconds: dict[str, float] = {}  # vLLM's engine tells nothing of its parts
+        if control is not None:
+            control.on_failure = self._free
 
     def connect(self) -> None:
-        """Form the NCCL group; all ranks call it. `master_port` must be free each time.
+        """Form the NCCL group, on a new port each time; all ranks call it.
 
         Raises: RuntimeError if NCCL is not usable: vLLM would then send nothing, silently.
         """
         from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
+        if self._engine is not None:  # a worker that joins anew would keep its old group
+            self._free()
+            if self._control is not None:
+                self._control.shutdown_weight_transfer_engine()
         world_size = 1 + sum(self._control.world_sizes()) if self._control else 0
         self._engine = WeightTransferTrainerFactory.trainer_init(
             NCCLTrainerInitInfo(
                 master_address=self._address,
-                master_port=self._port,
+                master_port=self._next_port() if self._control else 0,
                 world_size=world_size,
                 packed=True,
                 packed_buffer_size_bytes=self._bucket_bytes,
@@ -147,15 +132,33 @@ class NcclSender:
         if self._rank == 0:
             require_enabled(self._engine.model_update_group)
 
-    def send(self, version: int) -> str:
+    def begin(self) -> None:
+        self._walk.begin()
+
+    def send(self, version: int, *, may_equal: bool) -> str:
         if self._control is not None:
             self._control.weight_version = f"{version}-nccl"
-        self._engine.send_weights()
+        try:
+            self._engine.send_weights()
+        except Exception as error:
+            if self._control is not None and self._control.failure is not None:
+                raise self._control.failure from error  # not the broadcast that it cut off
+            raise
         return self._control.weight_version if self._control is not None else ""
 
-    def close(self) -> None:
+    def abandon(self) -> None:
+        self._walk.finish()
+        self._free()
+        if self._control is not None:
+            self._control.shutdown_weight_transfer_engine()
+
+    def _free(self) -> None:
+        """Abort the group: a broadcast that waits for a server which failed returns at once."""
         if self._engine is not None:
             self._engine.shutdown()
+
+    def close(self) -> None:
+        self._free()
 
 
 def require_enabled(communicator: Any) -> None:
@@ -167,7 +170,7 @@ def require_enabled(communicator: Any) -> None:
         )
 
 
-def _as_vllm_source(source: MegatronWeightSource) -> Any:
+def _as_vllm_source(source: Walk) -> Any:
     """The same stream as an instance of vLLM's abstract class, which its engines check."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
 

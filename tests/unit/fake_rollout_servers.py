@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +34,9 @@ class FakeServer:
     calls: list[tuple[str, str, dict[str, Any], str]] = field(default_factory=list)
     state: str = "serving"
     wrong: list[str] = field(default_factory=list)  # calls out of order
+    version: str = "default"  # of the weights, as /weight_info says
+    act: Callable[[str, dict[str, Any]], dict[str, Any] | None] = lambda path, body: None
+    """What else a call does; its answer, or None for the usual one. An error is HTTP 500."""
 
     def routes(self) -> list[str]:
         return [call[0] for call in self.calls]
@@ -72,7 +75,17 @@ def rollout_servers(*servers: FakeServer, together: str = "") -> Iterator[list[E
         if failure == "drop":
             assert request.transport is not None
             request.transport.abort()
-        return web.json_response({"world_size": server.world_size})
+        try:
+            found = server.act(path, body)
+        except Exception as error:
+            return web.Response(status=500, text=f"{type(error).__name__}: {error}")
+        if found is not None:
+            return web.json_response(found)
+        if path == "/finish_weight_update":
+            server.version = body["weight_version"]
+        return web.json_response(
+            {"world_size": server.world_size, "weight_version": server.version}
+        )
 
     async def serve() -> list[web.AppRunner]:
         everyone, runners = asyncio.Barrier(len(servers)), []

@@ -1,5 +1,7 @@
 """Weight updates of several servers go as one, in order, and stop for good at the first failure."""
 
+import time
+
 import pytest
 from fake_rollout_servers import FakeServer, rollout_servers
 
@@ -69,11 +71,12 @@ def test_worker_ranks_tile_the_group_after_the_trainers(sizes):
     assert all(info | {"rank_offset": 1} == init for info in infos)
 
 
-def test_a_backend_without_ranks_gets_the_same_init_everywhere():
+def test_a_backend_without_ranks_tells_each_server_its_name():
     servers = [FakeServer("a"), FakeServer("b", world_size=2)]
     with rollout_servers(*servers) as endpoints:
         client_of(endpoints).init_weight_transfer_engine({"root": "/x"})
-    assert [s.calls[0][2] for s in servers] == [{"init_info": {"root": "/x"}}] * 2
+    infos = [server.bodies(INIT)[0]["init_info"] for server in servers]
+    assert infos == [{"root": "/x", "server": name} for name in ("a", "b")]
     assert [len(s.calls) for s in servers] == [1, 1]
 
 
@@ -122,6 +125,92 @@ def test_a_failure_names_server_and_phase_and_nothing_is_resumed_after_it(phase,
     assert [len(server.calls) for server in servers] == num_calls
     if phase != "/resume":
         assert all("/resume" not in server.routes() for server in servers)
+
+
+SHORT = dict(
+    zip([INIT, *PHASES], ["init", "pause", "start", "update", "finish", "resume"], strict=True)
+)
+
+
+@pytest.mark.parametrize("phase", SHORT)
+def test_a_failure_says_which_servers_must_be_restarted(phase):
+    servers = [FakeServer("a"), FakeServer("bad", fail={phase: "error"}), FakeServer("c")]
+    with rollout_servers(*servers) as endpoints:
+        client = client_of(endpoints)
+        with pytest.raises(WeightExchangeFailed) as found:
+            client.init_weight_transfer_engine({"root": "/x"})
+            whole_exchange(client)
+        assert client.failure is found.value
+    assert (found.value.server, found.value.phase) == ("bad", SHORT[phase])
+    half_done = phase in ("/start_weight_update", "/update_weights")
+    assert found.value.broken == (("a", "bad", "c") if half_done else ("bad",))
+
+
+def test_a_slow_server_is_named_when_the_deadline_of_the_whole_exchange_passes():
+    servers = [FakeServer("quick"), FakeServer("slow", fail={"/update_weights": "hang"})]
+    with rollout_servers(*servers) as endpoints:
+        client = client_of(endpoints, timeout_s=1.5)
+        client.pause()
+        time.sleep(0.7)
+        client.start_weight_update()
+        begin = time.monotonic()
+        with pytest.raises(WeightExchangeFailed, match=r"slow: .* within the deadline of 1\.5 s"):
+            client.update_weights({})
+        assert time.monotonic() - begin < 1.4  # what was left of it
+    assert client.seconds["slow"] > client.seconds["quick"]
+
+
+def test_a_trainer_that_is_slow_itself_blames_no_server():
+    server = FakeServer("a")
+    with rollout_servers(server) as endpoints:
+        client = client_of(endpoints, timeout_s=0.5)
+        client.pause()
+        time.sleep(0.6)
+        with pytest.raises(
+            WeightExchangeFailed, match=r"deadline of 0\.5 s passed before"
+        ) as found:
+            client.start_weight_update()
+    assert found.value.server == "" and server.routes() == ["/pause"]
+
+
+def failed_client(endpoints):
+    client = client_of(endpoints)
+    with pytest.raises(WeightExchangeFailed):
+        whole_exchange(client)
+    return client
+
+
+def test_a_broken_server_is_taken_back_only_after_a_restart():
+    broken = {"/update_weights": "error"}
+    with rollout_servers(FakeServer("a"), FakeServer("b", fail=broken)) as old:
+        client = failed_client(old)
+        with pytest.raises(WeightExchangeFailed, match=r"server a: .* was not restarted"):
+            client.replace(old)
+        with rollout_servers(FakeServer("a"), FakeServer("b")) as fresh:
+            with pytest.raises(WeightExchangeFailed, match=r"server b: .* was not restarted"):
+                client.replace([fresh[0], old[1]])
+            with pytest.raises(ValueError, match="same names in the same order"):
+                client.replace(fresh[::-1])
+            with pytest.raises(WeightExchangeFailed, match="not allowed while failed"):
+                client.pause()
+            client.replace(fresh)
+            whole_exchange(client)
+
+
+def test_a_server_that_others_run_must_say_that_it_was_just_started():
+    server = FakeServer("a")
+    with rollout_servers(server) as endpoints:
+        client = client_of(endpoints)
+        whole_exchange(client)
+        server.fail["/update_weights"] = "error"
+        with pytest.raises(WeightExchangeFailed):
+            whole_exchange(client)
+        with pytest.raises(WeightExchangeFailed, match="it holds weights '7-abc'; restart it"):
+            client.replace(endpoints)
+        server.fail.clear()
+        server.version, server.state = "default", "serving"  # restarted under its old address
+        client.replace(endpoints)
+        whole_exchange(client)
 
 
 def test_an_unreachable_server_is_named():

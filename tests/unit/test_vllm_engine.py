@@ -1,14 +1,21 @@
 """Only what the published weights made, whole and finite, becomes a candidate."""
 
 import json
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 from judge_helpers import scripted_server
 
 from megatron_sip.data.tokenizer_training import train_tokenizer
-from megatron_sip.rollout.vllm_engine import BadReply, VllmEngine, derived_seed, policy_version_of
-from megatron_sip.serving.client import Endpoint
+from megatron_sip.rollout.vllm_engine import (
+    BadReply,
+    VllmEngine,
+    derived_seed,
+    home_of,
+    policy_version_of,
+)
+from megatron_sip.serving.client import Endpoint, RequestFailed
 from megatron_sip.types import SipSample
 
 VERSION = "4-0123abc"
@@ -38,9 +45,10 @@ def choice_of(index, ids, **changes):
     } | changes
 
 
-def generate(url, tokenizer, samples, k, *, seed=1, step=0):
+def engine_of(urls, tokenizer, *, version=VERSION):
+    """Clients of servers "roll", "roll1", ..."""
     engine = VllmEngine(
-        Endpoint("roll", url, "policy"),
+        [Endpoint(f"roll{i or ''}", url, "policy") for i, url in enumerate(urls)],
         tokenizer,
         temperature=1.0,
         top_p=1.0,
@@ -48,8 +56,12 @@ def generate(url, tokenizer, samples, k, *, seed=1, step=0):
         concurrency=4,
         timeout_s=5.0,
     )
-    engine.weight_version = VERSION
-    return engine.generate(samples, k, seed=seed, step=step)
+    engine.weight_version = version
+    return engine
+
+
+def generate(url, tokenizer, samples, k, *, seed=1, step=0):
+    return engine_of([url], tokenizer).generate(samples, k, seed=seed, step=step)
 
 
 def test_good_reply_becomes_candidates_in_the_order_of_their_seeds(tokenizer):
@@ -163,6 +175,87 @@ def test_a_wrong_number_of_choices_is_refused(indices, tokenizer):
     reply = {"choices": [choice_of(i, IDS) for i in indices]}
     with scripted_server(lambda path, body: reply) as url, pytest.raises(BadReply, match="roll"):
         generate(url, tokenizer, [sample_of(tokenizer)], 2)
+
+
+def echo(asked):
+    """A server whose rollouts are a function of the request alone, as seeds make them."""
+
+    def answer(path, body):
+        asked.append(body)
+        ids = [5 + (body["sampling_params"]["seed"] + i) % 200 for i in range(3)]
+        return {"choices": [choice_of(0, ids)]}
+
+    return answer
+
+
+@pytest.mark.parametrize("num_servers", [1, 2, 3])
+def test_a_prefix_always_meets_the_same_server_and_who_answers_changes_nothing(
+    num_servers, tokenizer
+):
+    samples = [sample_of(tokenizer, i) for i in (12, 3, 7, 8, 11, 10)]
+    asked = [[] for _ in range(num_servers)]
+    with ExitStack() as stack:
+        urls = [stack.enter_context(scripted_server(echo(a))) for a in asked]
+        engine = engine_of(urls, tokenizer)
+        found = engine.generate(samples, 1, seed=9, step=3)
+        again = engine.generate(samples[::-1], 1, seed=9, step=3)[::-1]
+        assert engine.seconds.keys() == {e.name for e in engine.endpoints}
+    tokens = [[c.token_ids.tolist() for c in of_sample] for of_sample in found]
+    assert tokens == [[c.token_ids.tolist() for c in of_sample] for of_sample in again]
+    with scripted_server(echo([])) as url:
+        alone = generate(url, tokenizer, samples, 1, seed=9, step=3)
+    assert tokens == [[c.token_ids.tolist() for c in of_sample] for of_sample in alone]
+    for place, bodies in enumerate(asked):
+        seeds = {body["sampling_params"]["seed"] for body in bodies}
+        mine = [s.sample_id for s in samples if home_of(s.sample_id, num_servers) == place]
+        assert seeds == {derived_seed(9, 3, i) for i in mine} and len(bodies) == 2 * len(mine)
+        assert len(mine) == len(samples) // num_servers
+
+
+def test_the_server_that_failed_is_named(tokenizer):
+    samples = [sample_of(tokenizer, i) for i in range(4)]
+    bad = {"choices": [choice_of(0, IDS, **spans("3-0123abc"))]}
+    with (
+        scripted_server(echo([])) as good_url,
+        scripted_server(lambda path, body: bad) as bad_url,
+    ):
+        engine = engine_of([good_url, bad_url], tokenizer)
+        with pytest.raises(BadReply, match="roll1: a rollout was made by") as caught:
+            engine.generate(samples, 1, seed=1, step=0)
+        assert caught.value.server == "roll1"
+        engine._timeout_s = 0.5
+        engine.endpoints = (*engine.endpoints[:1], Endpoint("gone", "http://127.0.0.1:9", "p"))
+        with pytest.raises(RequestFailed) as lost:
+            engine.generate(samples, 1, seed=1, step=0)
+    assert lost.value.server == "gone"
+
+
+def test_nothing_is_asked_for_while_no_weights_are_published(tokenizer):
+    asked = []
+    with scripted_server(echo(asked)) as url:
+        engine = engine_of([url], tokenizer, version="")
+        with pytest.raises(BadReply, match="no weights are published"):
+            engine.generate([sample_of(tokenizer)], 1, seed=1, step=0)
+    assert not asked
+
+
+def test_the_probe_asks_every_server_and_refuses_other_weights(tokenizer):
+    def server(offset, version):
+        def answer(path, body):
+            assert body["cache_salt"] == VERSION
+            entries = [None] + [{str(t): {"logprob": -t - offset}} for t in body["token_ids"][1:]]
+            return {"choices": [{**choice_of(0, [5]), **spans(version)}],
+                    "prompt_logprobs": entries}  # fmt: skip
+
+        return answer
+
+    with ExitStack() as stack:
+        urls = [stack.enter_context(scripted_server(server(i, VERSION))) for i in range(2)]
+        found = engine_of(urls, tokenizer).prompt_logprobs([4, 5, 6])
+        assert {n: v.tolist() for n, v in found.items()} == {"roll": [-5, -6], "roll1": [-6, -7]}
+        urls[1] = stack.enter_context(scripted_server(server(1, "default")))
+        with pytest.raises(BadReply, match="roll1: a rollout was made by weights"):
+            engine_of(urls, tokenizer).prompt_logprobs([4, 5, 6])
 
 
 @pytest.mark.parametrize("version", ["default", "", "4", "4-", "-abc", "x-abc"])
