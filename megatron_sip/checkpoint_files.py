@@ -14,29 +14,40 @@ manifest of ours: a folder without one is refused.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from megatron_sip.config import Model
-from megatron_sip.publish import atomic_write
+from megatron_sip.publish import atomic_write, sync
 
 SCHEMA_VERSION = 1
 _STEP = re.compile(r"step_(\d{8})")
 _WEIGHTS = re.compile(r"weights_(\d{8})")
 SHAPE_FIELDS = (
     "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
-    "rotary_base", "norm_epsilon", "share_embeddings_and_output_weights",
+    "rotary_base", "norm_epsilon", "share_embeddings_and_output_weights", "family", "rope_scaling",
+    "experts",
 )  # fmt: skip
+ABSENT = {"family": "llama", "rope_scaling": None, "experts": None, "kv_channels": None}
+"""What older manifests mean by fields that they lack."""
 
 
 def model_identity(model: Model, *, vocab_size: int, tokenizer_digest: str) -> dict[str, Any]:
     """What two runs must share for one to load the other's weights."""
-    fields = {name: getattr(model, name) for name in SHAPE_FIELDS}
-    return fields | {"vocab_size": vocab_size, "tokenizer": tokenizer_digest}
+    fields = model.model_dump(mode="json", include=set(SHAPE_FIELDS))
+    usual = model.head_dim * model.num_attention_heads == model.hidden_size
+    return fields | {
+        "kv_channels": None if usual else model.head_dim,
+        "vocab_size": vocab_size,
+        "tokenizer": tokenizer_digest,
+    }
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -52,13 +63,22 @@ def is_complete(folder: Path) -> bool:
     return (folder / "manifest.json").is_file()
 
 
-def write_manifest(folder: Path, identity: dict[str, Any]) -> None:
-    """Seal a checkpoint: from now on it is complete, and any change of it is found."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file())
+def write_manifest(
+    folder: Path, identity: dict[str, Any], *, digests: Mapping[str, str] | None = None
+) -> None:
+    """Seal a checkpoint: from now on it is complete, and any change of it is found.
+
+    Args:   digests: by name, of files that were read back from the disk already.
+    """
+    files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+    known = digests or {}
+    for name, path in files.items():
+        if name not in known:
+            sync(path)
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "model": identity,
-        "files": {str(p.relative_to(folder)): _digest(p) for p in files},
+        "files": {name: known.get(name) or digest_of(path) for name, path in files.items()},
     }
     atomic_write(folder / "manifest.json", json.dumps(manifest, indent=1).encode())
 
@@ -75,9 +95,25 @@ def find(path: Path, *, key: str = "checkpoint") -> Path:
     latest = path / "checkpoints" / "latest"
     if latest.is_file():
         return path / "checkpoints" / latest.read_text().strip()
+    if _is_megatrons(path):
+        raise ValueError(
+            f"{key} {path}: a Megatron checkpoint without a manifest of ours (manifest.json) is "
+            "not loaded, since that would unpickle what it holds; export it to a Hugging Face "
+            "folder of safetensors where you trust it, and give that, or convert it with "
+            "tools/convert_checkpoint.py hf-to-megatron"
+        )
     raise ValueError(
         f"{key} {path}: neither a checkpoint of ours (manifest.json) nor a run directory with "
         "checkpoints/latest; run the recipe that makes it first"
+    )
+
+
+def _is_megatrons(path: Path) -> bool:
+    """Whether a folder looks like a checkpoint of Megatron-LM, old or distributed."""
+    names = (".metadata", "common.pt", "metadata.json", "latest_checkpointed_iteration.txt")
+    patterns = ("*.distcp", "iter_*", "mp_rank_*", "model_optim_rng.pt")
+    return any((path / name).exists() for name in names) or any(
+        any(path.glob(pattern)) for pattern in patterns
     )
 
 
@@ -114,7 +150,7 @@ def check_identity(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
             f"{SCHEMA_VERSION}"
         )
     for field, wanted in identity.items():
-        found = manifest["model"].get(field)
+        found = manifest["model"].get(field, ABSENT.get(field))
         if found != wanted:
             raise ValueError(
                 f"{folder} was made with {field} = {found}, this recipe has {wanted}; use the same"
@@ -133,7 +169,7 @@ def verify(folder: Path, identity: dict[str, Any]) -> None:
     if odd:
         raise ValueError(f"{folder}: files missing or unknown to its manifest: {sorted(odd)}")
     for name, digest in manifest["files"].items():
-        if _digest(folder / name) != digest:
+        if digest_of(folder / name) != digest:
             raise ValueError(
                 f"{folder / name} differs from its manifest; the checkpoint is damaged: name an "
                 "older one"
@@ -153,14 +189,15 @@ def prune(run_dir: Path, *, keep_last: int, keep_every: int | None) -> None:
         folder = step_folder(run_dir, step)
         if folder.name == latest or (keep_every and step % keep_every == 0):
             continue
-        _remove(folder)
+        remove(folder)
     needed = {0, *(_reference_version(step_folder(run_dir, step)) for step in _steps(root))}
     for version in _numbers(root, _WEIGHTS):
         if version not in needed:
-            _remove(weights_folder(run_dir, version))
+            remove(weights_folder(run_dir, version))
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
+    """Remove a folder so that at no instant it is half there and taken for complete."""
     (folder / "manifest.json").unlink(missing_ok=True)  # half removed is not complete
     shutil.rmtree(folder)
 
@@ -174,7 +211,19 @@ def remove_incomplete(run_dir: Path) -> None:
     """Remove what a run that was killed while it saved has left."""
     for folder in (run_dir / "checkpoints").iterdir():
         if folder.is_dir() and not is_complete(folder):
-            shutil.rmtree(folder)
+            remove(folder)
+
+
+def steps_saved(run_dir: Path) -> tuple[int, int]:
+    """The oldest and the newest step that there is a complete checkpoint of; 0 and 0 for none."""
+    steps = _steps(run_dir / "checkpoints") or [0]
+    return min(steps), max(steps)
+
+
+def checkpoint_bytes(run_dir: Path) -> int:
+    """Size of the newest complete checkpoint; 0 before there is one."""
+    newest = step_folder(run_dir, steps_saved(run_dir)[1])
+    return sum(p.stat().st_size for p in newest.glob("*")) if newest.is_dir() else 0
 
 
 def _steps(root: Path) -> list[int]:
@@ -188,9 +237,15 @@ def _numbers(root: Path, pattern: re.Pattern[str]) -> list[int]:
     ]
 
 
-def _digest(path: Path) -> str:
+def digest_of(path: Path, *, from_disk: bool = False) -> str:
+    """xxh3_128 of a file's bytes.
+
+    Args: from_disk: of a file that was just synced: drop what memory holds of it, and read it.
+    """
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
+        if from_disk and sys.platform == "linux":
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()

@@ -135,6 +135,41 @@ def _patch_optimizer_load() -> None:
     optimizer.load_state_dict = load_and_part_steps
 
 
+def _patch_router() -> None:
+    """Reason: the router of experts asks whether `te_general_gemm` is None, a name that exists only
+    where Transformer Engine does.
+    """
+    import megatron.core.transformer.moe.moe_utils as moe_utils
+
+    patched: Any = moe_utils
+    patched.te_general_gemm = None
+
+
+def guard_unpickling() -> None:
+    """Have Megatron-Core load checkpoints with `checkpoint_reading`; on every platform.
+
+    Reason: it unpickles `.metadata` by plain pickle and sharded objects by torch.load with
+    weights_only=False, and its load strategy makes reader and planner itself.
+
+    Raises: RuntimeError if Megatron-Core has no such names; ValueError if torch is unguarded.
+    """
+    import megatron.core.dist_checkpointing.strategies.torch as strategies
+
+    from megatron_sip.checkpoint_reading import Planner, Reader
+    from megatron_sip.unpickling import refuse_unguarded_torch
+
+    refuse_unguarded_torch()
+    patched: Any = strategies
+    guards = {
+        "_get_filesystem_reader": lambda path, cache_metadata=False: Reader(path),
+        "MCoreLoadPlanner": Planner,
+    }
+    for name, guard in guards.items():
+        if not hasattr(strategies, name):
+            raise RuntimeError(f"this megatron-core has no {name}: its loads cannot be guarded")
+        setattr(patched, name, guard)
+
+
 _installed = False
 
 
@@ -157,4 +192,5 @@ def install() -> None:
     CudaRequestsToCpu().__enter__()
     _patch_random_states()
     _patch_optimizer_load()
+    _patch_router()
     _installed = True

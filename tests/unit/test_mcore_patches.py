@@ -22,29 +22,31 @@ CASES = (
     "CudaRequestsToCpu",
     "_patch_random_states",
     "_patch_optimizer_load",
+    "_patch_router",
 )
 CUDA_CALLS = ("current_device", "set_device", "synchronize", "current_stream", "get_rng_state")
 PROBE = """
-import contextlib, json, os, sys, tempfile, warnings
+import contextlib, json, os, socket, sys, warnings
 warnings.simplefilter("ignore")
-import torch, torch.distributed as dist
+import torch
 from megatron_sip import mcore_patches
 import megatron.core.optimizer, megatron.core.models.gpt.gpt_model
 torch.set_num_threads(1)
 
 def step():
     import numpy as np
-    from megatron_sip import learner, model, objectives, optimizer, parallel, platform, rows
+    from megatron_sip import (
+        forward, learner, model, objectives, optimizer, parallel, platform, rows)
     from megatron_sip.config import Model, Optimizer, Parallel, PlatformConfig
+    from megatron_sip.config_model import Experts
     from megatron_sip.config_objective import NllObjective
     from megatron_sip.types import CandidatePool, Pick, SipSample
     on = platform.cpu(PlatformConfig(kind="cpu"))
-    start = dist.init_process_group
-    with tempfile.NamedTemporaryFile() as file:
-        dist.init_process_group = lambda backend, timeout: start(
-            backend, init_method=f"file://{file.name}.store", rank=0, world_size=1)
-        settings = Parallel(world_size=1)
-        ranks = parallel.initialize(settings, on, seed=1)
+    settings = Parallel(world_size=1)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    ranks = parallel.initialize(settings, on, seed=1)
     shape = Model(num_layers=1, hidden_size=16, ffn_hidden_size=16, num_attention_heads=2,
                   num_query_groups=1, max_sequence_length=8)
     config = model.transformer_config(shape, settings, on)
@@ -63,6 +65,12 @@ def step():
     with torch.no_grad():
         loaded = {name: value for name, value in states.items() if name != "step"}
         part._set_main_param_and_optimizer_states(first, loaded)
+    experts = shape.model_copy(
+        update={"family": "mixtral", "experts": Experts(num_experts=4, experts_per_token=2)})
+    config = model.transformer_config(experts, settings, on)
+    module = model.build_module(config, experts, on, vocab_size=16)
+    model.initialize_randomly(module, experts, seed=1)
+    forward.token_logprobs(module.eval(), [batch])
 
 def outcome(omitted):
     if omitted == "CudaRequestsToCpu":

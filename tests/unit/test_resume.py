@@ -14,9 +14,10 @@ import tomli_w
 from pool_helpers import candidate
 
 from megatron_sip import checkpoint_files
+from megatron_sip.checkpoint import read_state
 from megatron_sip.evaluation.evaluate import PolicyOutput
 from megatron_sip.evaluation.saved import load_output, save_output, start_file
-from megatron_sip.lifetime import StopRequest, children_shielded
+from megatron_sip.lifetime import StopRequest
 from megatron_sip.recipe import load_config
 from megatron_sip.recipe_change import check_recipe
 
@@ -195,6 +196,30 @@ def test_a_damaged_checkpoint_is_named(checkpoints: Path, damage, said: str) -> 
         checkpoint_files.verify(folder, {"layers": 2})
 
 
+def test_a_manifest_of_another_release_is_refused(checkpoints: Path) -> None:
+    folder = checkpoint_files.find(checkpoints)
+    content = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(content | {"schema_version": 9}))
+    with pytest.raises(ValueError, match="schema 9, this version reads 1"):
+        checkpoint_files.verify(folder, {"layers": 2})
+
+
+def test_a_state_of_an_older_release_has_defaults_and_one_of_a_newer_is_refused(
+    tmp_path: Path,
+) -> None:
+    old = {"step": 4, "consumed_samples": 8, "policy_version": 4, "stats": {}, "digests": {}}
+    path = tmp_path / "train_state.json"
+    path.write_text(json.dumps(old))
+    assert read_state(tmp_path).spent == {} and read_state(tmp_path).reference_version == -1
+    path.write_text(json.dumps(old | {"phase_of_the_moon": 0.5}))
+    with pytest.raises(ValueError, match="phase_of_the_moon, which this release does not know"):
+        read_state(tmp_path)
+    del old["consumed_samples"]
+    path.write_text(json.dumps(old))
+    with pytest.raises(ValueError, match="consumed_samples"):
+        read_state(tmp_path)
+
+
 @pytest.fixture
 def heard() -> Iterator[None]:
     """SIGINT as at a terminal, whatever started the tests."""
@@ -219,14 +244,3 @@ def test_a_signal_that_was_ignored_stays_ignored(heard: None) -> None:
     with StopRequest() as request:
         os.kill(os.getpid(), signal.SIGINT)
         assert request.signum == 0
-
-
-def test_a_signal_during_a_save_reaches_this_process_and_no_child() -> None:
-    with StopRequest() as request, children_shielded():
-        child = os.posix_spawn("/bin/sleep", ["sleep", "30"], os.environ)
-        os.kill(child, signal.SIGTERM)
-        assert os.waitpid(child, os.WNOHANG) == (0, 0)
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert request.signum == signal.SIGTERM
