@@ -1,12 +1,13 @@
 # Build, check and try megatron_sip. `make help` lists the targets.
 
 PYTHON ?= python3.11
+GPU_PYTHON ?= python3
 BIN := .venv/bin
 PYTEST := $(BIN)/python -m pytest
 TORCHRUN := OMP_NUM_THREADS=1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120 $(BIN)/torchrun --nproc-per-node 2 pretrain_sip.py --config
 JUDGE := data/quickstart/smollm2-135m-instruct
 
-.PHONY: help setup quickstart test test-full test-mutations test-browser lint format clean
+.PHONY: help setup quickstart test test-full test-chaos test-mutations test-browser test-gpu lint format clean
 .DEFAULT_GOAL := help
 
 help:  ## this list
@@ -34,10 +35,13 @@ quickstart: .venv/.stamp  ## pretrain a small GPT on two CPU cores, then improve
 	$(TORCHRUN) configs/quickstart.toml
 
 test: .venv/.stamp  ## unit, distributed and integration tests without the slow kills
-	$(PYTEST) -m "not gpu and not kills and not browser and not full" tests/unit tests/distributed tests/integration
+	$(PYTEST) -m "not gpu and not kills and not chaos and not browser and not full" tests/unit tests/distributed tests/integration
 
 test-full: .venv/.stamp  ## all tests that need no GPU
-	$(PYTEST) -m "not gpu and not browser" tests/unit tests/distributed tests/integration
+	$(PYTEST) -m "not gpu and not chaos and not browser" tests/unit tests/distributed tests/integration
+
+test-chaos: .venv/.stamp  ## kill parts of a run 30 times (CHAOS_KILLS=1000: more); it comes back each time
+	$(PYTEST) -m chaos -s tests/integration/test_chaos.py
 
 test-mutations: .venv/.stamp  ## break the code in many ways, each caught by a test
 	$(PYTEST) -m mutations tests/mutations
@@ -45,6 +49,9 @@ test-mutations: .venv/.stamp  ## break the code in many ways, each caught by a t
 test-browser: .venv/.stamp  ## the report page in headless Chromium, installed if it is missing
 	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq chromium; }
 	$(PYTEST) -m browser tests/browser
+
+test-gpu:  ## on a machine with a GPU, in the Python GPU_PYTHON that holds the gpu extra
+	$(GPU_PYTHON) -m pytest -m gpu tests/gpu
 
 lint: .venv/.stamp  ## ruff, its formatter, and types
 	$(BIN)/ruff check

@@ -14,8 +14,11 @@ from pathlib import Path
 
 from megatron_sip import preflight
 from megatron_sip.errors import RunFailed
-from megatron_sip.lifetime import Stopped, die_with_parent
+from megatron_sip.lifetime import Stopped
 from megatron_sip.recipe import load_config
+from megatron_sip.supervision import restarts
+from megatron_sip.supervision.heartbeat import HEART
+from megatron_sip.supervision.monitor import PeerLost
 
 PATIENCE_S = 10
 
@@ -61,10 +64,15 @@ def is_first_of_node() -> bool:
 
 def main() -> int:
     arguments = parse_arguments()
+    launch = restarts.launch_of()
     try:
         config = load_config(arguments.config, tuple(arguments.overrides))
+        left = restarts.what_is_left(config.run.dir, launch)
+        if left.finished or left.failure:
+            return not_restarted(left)
+        resume = arguments.resume or left.resumable
         if not arguments.explain and is_first_of_node():
-            preflight.check(config, pools_dir=arguments.pools, resume=arguments.resume)
+            preflight.check(config, pools_dir=arguments.pools, resume=resume, begun=left.begun)
     except ValueError as error:
         if not is_first_of_node():
             time.sleep(PATIENCE_S)  # torchrun ends this rank when the first one has said why
@@ -77,13 +85,26 @@ def main() -> int:
             return 0
         from megatron_sip.train import train  # torch and Megatron-Core, once all of that is right
 
-        train(config, pools_dir=arguments.pools, resume=arguments.resume)
+        train(config, launch, pools_dir=arguments.pools, resume=resume, begun=left.begun)
     except Stopped as stopped:
+        restarts.note_failure(config.run.dir, launch, str(stopped))
         print(stopped, file=sys.stderr)
         return 128 + stopped.signum
     except (ValueError, RunFailed) as error:
+        HEART.end(str(error))
+        restarts.note_failure(config.run.dir, launch, str(error))
+        return failed(error)
+    except (OSError, PeerLost) as error:  # a restart may help
+        HEART.end(f"{type(error).__name__}: {error}")
         return failed(error)
     return 0
+
+
+def not_restarted(left: restarts.Left) -> int:
+    """The run of this torchrun came to an end before; a restart of the ranks changes nothing."""
+    if not left.finished and is_first_of_node():
+        print(f"error: not restarted, it would fail again: {left.failure}", file=sys.stderr)
+    return 0 if left.finished else 1
 
 
 def failed(error: Exception) -> int:
@@ -96,5 +117,3 @@ def failed(error: Exception) -> int:
 
 if __name__ == "__main__":
     sys.exit(main())
-if __name__ == "__mp_main__":  # a helper process, which saving a checkpoint starts
-    die_with_parent()

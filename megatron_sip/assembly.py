@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import logging
-import sys
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from megatron_sip import checkpoint, checkpoint_files, curriculum, parallel, services
 from megatron_sip.config import Config
+from megatron_sip.convert.load import load_folder
 from megatron_sip.data.blended_corpus import BlendedCorpus, open_corpus
 from megatron_sip.data.sample_reader import SampleReader
 from megatron_sip.data.sampler import CUT, PrefixSuffixSampler
 from megatron_sip.data.tokenizer import Tokenizer
+from megatron_sip.errors import RunFailed
 from megatron_sip.evaluation.evaluate import Evaluator
 from megatron_sip.exchange import WeightExchange
 from megatron_sip.experience import (
@@ -36,16 +37,20 @@ from megatron_sip.objectives.terms import ORIGINAL_SUFFIX, PREFIX
 from megatron_sip.optimizer import build_optimizer, build_scheduler
 from megatron_sip.parallel import Ranks
 from megatron_sip.platform import Platform
+from megatron_sip.recovery import publish
 from megatron_sip.rollout.control import ControlClient
+from megatron_sip.rollout.shared_memory import SharedMemorySender
 from megatron_sip.rollout.weight_source import MegatronWeightSource
-from megatron_sip.rollout.weight_transfer import NcclSender, SharedMemorySender
+from megatron_sip.rollout.weight_transfer import NcclSender
 from megatron_sip.rows import make_rows, row_length
-from megatron_sip.serving.fleet import Fleet, FleetWatch
+from megatron_sip.serving.fleet import Fleet
+from megatron_sip.serving.health import ServerFailed
+from megatron_sip.serving.supervisor import Supervisor
 from megatron_sip.step import Run
+from megatron_sip.supervision.heartbeat import HEART
 from megatron_sip.types import CandidatePool, Pick, TrainState
 
 log = logging.getLogger(__name__)
-CONTROL_TIMEOUT_S = 300.0
 
 
 def open_data(config: Config) -> tuple[Tokenizer, dict[str, BlendedCorpus]]:
@@ -89,10 +94,13 @@ def build_policy(
 ) -> Policy:
     """Model with its first weights (to be loaded, in a resumed run), wrapped for data parallel."""
     model_config = transformer_config(config.model, config.parallel, platform)
-    module = build_module(model_config, config.model, platform, vocab_size=tokenizer.vocab_size)
+    vocab_size = config.model.vocabulary(tokenizer.vocab_size)
+    module = build_module(model_config, config.model, platform, vocab_size=vocab_size)
     init = config.model.init
     if init.kind == "random" or resume:
         initialize_randomly(module, config.model, seed=config.run.seed)
+    elif init.kind == "huggingface":
+        load_folder(init.path, module, config.model, vocab_size=vocab_size)
     else:
         checkpoint.load_weights(
             init.path, module=module, identity=identity, ranks=ranks, key="model.init.path"
@@ -112,8 +120,9 @@ def build_run(
     resume: bool,
 ) -> Run:
     """Everything of this rank but servers; `stack` closes it."""
+    vocab_size = config.model.vocabulary(tokenizer.vocab_size)
     identity = checkpoint_files.model_identity(
-        config.model, vocab_size=tokenizer.vocab_size, tokenizer_digest=tokenizer.digest
+        config.model, vocab_size=vocab_size, tokenizer_digest=tokenizer.digest
     )
     policy = build_policy(config, platform, ranks, tokenizer, identity, resume=resume)
     optimizer = build_optimizer(policy, config.optimizer, platform)
@@ -126,7 +135,12 @@ def build_run(
     for split, corpus in datasets.items():
         digests |= corpus.identity(split)
     stats = curriculum.initial_stats(config.curriculum) if config.curriculum else {}
-    timer = PhaseTimer(on_phase=console.phase)
+
+    def on_phase(phase: str) -> None:
+        console.phase(phase)
+        HEART.beat(phase=phase)
+
+    timer = PhaseTimer(on_phase=on_phase)
     reader = stack.enter_context(
         SampleReader(
             sampler_of(config, datasets["train"], tokenizer, config.run.seed),
@@ -146,7 +160,7 @@ def build_run(
         row_length=row_length(config.data.prefix_tokens, config.data.suffix_tokens, multiple),
         row_multiple=multiple,
         pad=tokenizer.eod,
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=vocab_size,
         state=TrainState(0, 0, 0, stats, digests),
         identity=identity,
         record_pools=config.run.task == "sip",
@@ -208,7 +222,7 @@ def connect_servers(
             )
             run.experience = ResumedExperience(recorded, run.experience, run.replay_until)
     run.exchange = build_exchange(run, tokenizer, evaluators["test"], endpoints, stack, fleet)
-    run.exchange.sync(run.state.policy_version, run.timer)
+    publish(run, first=True)
     return evaluators
 
 
@@ -243,37 +257,63 @@ def build_evaluators(
 def start_servers(
     run: Run, tokenizer: Tokenizer, stack: ExitStack
 ) -> tuple[Fleet | None, dict[str, Any]]:
-    """Rank 0 starts and watches; every rank learns the addresses."""
-    fleet = endpoints = None
+    """Rank 0 starts and supervises; every rank learns the addresses.
+
+    Raises: RunFailed on every rank if a server does not come up.
+    """
+    fleet = failure = None
+    found: Any = (None, {}, "")
     if run.ranks.is_main:
-        fleet = services.start_fleet(run.config, run.platform, tokenizer=tokenizer, stack=stack)
-        fleet.wait(lambda name, s: run.console.note(f"waiting for server {name}: {s:.0f} s"))
-        endpoints = fleet.endpoints
-        stack.callback(FleetWatch(fleet, report=server_died).close)
-    return fleet, parallel.broadcast_object(endpoints)
+        try:
+            fleet = services.start_fleet(run.config, run.platform, tokenizer=tokenizer, stack=stack)
+            run.servers = supervised(run, fleet, stack)
+            found = (fleet.endpoints, run.servers.gone(), "")
+        except ServerFailed as error:
+            failure, found = error, (None, {}, str(error).splitlines()[0])
+    endpoints, gone, reason = parallel.broadcast_object(found)
+    if reason:
+        raise failure or RunFailed(reason)
+    HEART.accept(gone)
+    return fleet, endpoints
 
 
-def server_died(reason: str) -> None:
-    """Say so in the log and on the terminal; the process ends right after."""
-    log.error(reason)
-    print(f"error: {reason}", file=sys.stderr, flush=True)
+def supervised(run: Run, fleet: Fleet, stack: ExitStack) -> Supervisor:
+    """A supervisor of a fleet that was just started; all servers are up when it returns.
+
+    Raises: ServerFailed.
+    """
+    assert run.config.rollout is not None
+
+    def on_wait(name: str, seconds: float) -> None:
+        run.console.note(f"waiting for server {name}: {seconds:.0f} s")
+        HEART.beat(phase=f"wait for server {name}")
+
+    policy = run.config.rollout.servers
+    supervisor = stack.enter_context(
+        Supervisor(fleet, policy=policy, heart=HEART, say=run.console.note)
+    )
+    fleet.wait(on_wait, names=run.config.servers.keys() - fleet.local.keys())
+    supervisor.settle()
+    return supervisor
 
 
 def build_exchange(
     run: Run, tokenizer: Tokenizer, evaluator: Evaluator, endpoints: dict[str, Any],
     stack: ExitStack, fleet: Fleet | None,
 ) -> WeightExchange:  # fmt: skip
-    """The weight exchange with its backend, connected."""
+    """The weight exchange with its backend, not yet connected."""
     config, ranks, rollout = run.config, run.ranks, run.config.rollout
     assert rollout is not None
     source = MegatronWeightSource(
-        run.learner.policy, config.model, ranks, run.platform, vocab_size=tokenizer.vocab_size
+        run.learner.policy, config.model, ranks, run.platform, vocab_size=run.vocab_size
     )
     control = None
     if ranks.is_main:
-        control = ControlClient([endpoints[rollout.server]], timeout_s=CONTROL_TIMEOUT_S)
+        servers = [endpoints[name] for name in rollout.servers]
+        control = ControlClient(servers, timeout_s=rollout.sync_timeout_s)
     if rollout.weight_transfer == "shared_memory":
-        sender: Any = SharedMemorySender(source, control, bucket_mib=rollout.bucket_mib)
+        bucket_bytes = rollout.bucket_mib * 2**20
+        sender: Any = SharedMemorySender(source, control, bucket_bytes=bucket_bytes)
         if fleet is not None and sender.root is not None:
             fleet.delete_at_end(sender.root)
     else:
@@ -285,7 +325,7 @@ def build_exchange(
             bucket_mib=rollout.bucket_mib,
             rank=ranks.rank,
             master_address=services.local_address(),
-            master_port=free_port(),
+            next_port=free_port,
         )
     sample = evaluator.samples[0]
     picks = (Pick(ORIGINAL_SUFFIX, "target", 0.0, 1.0), Pick(PREFIX, "prefix", 0.0, 1.0))
@@ -297,7 +337,7 @@ def build_exchange(
         sender, control, engine, run.learner.policy, ranks,
         type(probe)(**{k: v.to(run.platform.device) for k, v in vars(probe).items()}),
         rollout.max_logprob_mismatch,
+        lambda: run.learner.num_moves,
     )  # fmt: skip
     stack.callback(exchange.close)
-    exchange.connect()
     return exchange

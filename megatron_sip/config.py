@@ -23,6 +23,7 @@ from megatron_sip.config_base import (
 )
 from megatron_sip.config_judge import Judge, Rewriter
 from megatron_sip.config_metrics import Metrics
+from megatron_sip.config_model import Model
 from megatron_sip.config_objective import Objective, Reference
 from megatron_sip.config_rules import broken_rules
 from megatron_sip.types import Source
@@ -37,6 +38,16 @@ class Run(Section):
     """Optimizer steps of the whole run."""
     seed: NonNegativeInt = 1
     """Root of all randomness: (seed, step, sample, candidate)."""
+    hang_timeout_s: Positive = 120.0
+    """Longest wait without any progress of a rank before it reports where it is, with stacks."""
+    max_gib: Positive | None = None
+    """Most that the run directory may take, GiB; None: what the disk has. Before it would be more,
+    the run saves a checkpoint and ends."""
+    keep_pools: PositiveInt | None = None
+    """Newest steps whose pools are kept; None: all. Pools of the steps after the oldest checkpoint
+    always stay; a run whose first pools are gone cannot be replayed with --pools."""
+    max_log_mib: PositiveInt = 256
+    """Longest log; what it holds then moves to NAME.1, in place of what was there."""
 
 
 class Fp8(Section):
@@ -59,37 +70,6 @@ class PlatformConfig(Section):
     deterministic: bool = False
     """Only kernels that give the same bits each time; the run's first update is computed twice, and
     the run stops if they differ."""
-
-
-class RandomInit(Section):
-    kind: Literal["random"]
-
-
-class MegatronInit(Section):
-    kind: Literal["megatron"]
-    path: Path
-    """A checkpoint folder of ours (`.../step_00000100`) or a run directory (its latest)."""
-
-
-class Model(Section):
-    num_layers: PositiveInt
-    hidden_size: PositiveInt
-    ffn_hidden_size: PositiveInt
-    num_attention_heads: PositiveInt
-    num_query_groups: PositiveInt
-    """KV heads (grouped-query attention)."""
-    max_sequence_length: PositiveInt
-    rotary_base: PositiveInt = 10000
-    norm_epsilon: Positive = 1e-5
-    init_std: Positive = 0.02
-    share_embeddings_and_output_weights: bool = False
-    """Tied embeddings."""
-    recompute_granularity: Literal["full"] | None = None
-    """full: keep each layer's input and compute the rest again in the backward pass."""
-    init: Annotated[RandomInit | MegatronInit, Field(discriminator="kind")] = RandomInit(
-        kind="random"
-    )
-    """Where the first weights come from."""
 
 
 class Parallel(Section):
@@ -184,6 +164,9 @@ class StartServer(Section):
     gpus: tuple[NonNegativeInt, ...] = ()
     """CUDA devices of this server; tensor parallel size is their number."""
     startup_timeout_s: Positive = 300.0
+    max_restarts: NonNegativeInt = 3
+    """How often it is started anew within restart_window_s before the run stops."""
+    restart_window_s: Positive = 3600.0
 
 
 class ConnectServer(Section):
@@ -209,7 +192,8 @@ Server = Annotated[StartServer | ConnectServer, Field(discriminator="kind")]
 
 
 class Rollout(Section):
-    server: str
+    server: str | tuple[str, ...]
+    """Who generates. Several share the prompts: a prefix always meets the same one."""
     num_rollouts: PositiveInt
     """K, rollouts of the current policy for one prefix."""
     temperature: Positive = 1.0
@@ -220,6 +204,8 @@ class Rollout(Section):
     """shared_memory: one CPU host. nccl: GPUs, vLLM's native trainer engine."""
     bucket_mib: PositiveInt = 256
     """Largest piece of weights in flight."""
+    sync_timeout_s: Positive = 300.0
+    """Deadline of one weight exchange over all servers; who is late is named."""
     max_logprob_mismatch: Positive
     """Largest mean |trainer - engine| log-prob a step may show, nats."""
     max_logprob_mismatch_p99: Positive | None = None
@@ -230,7 +216,12 @@ class Rollout(Section):
     """Largest KL(engine || trainer) estimated on the rollouts, nats a token; left out: not
     limited."""
     concurrency: PositiveInt = 64
+    """Prompts in flight, for each server and each data-parallel rank."""
     timeout_s: Positive = 300.0
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        return (self.server,) if isinstance(self.server, str) else self.server
 
 
 class EmergentCurriculum(Section):
@@ -268,6 +259,8 @@ class Checkpoint(Section):
     """Newest checkpoints that are kept."""
     keep_every: PositiveInt | None = None
     """Checkpoints of steps that are a multiple of this are kept for good."""
+    asynchronous: bool = False
+    """Write while training goes on, from a copy in host memory; a step waits for the copy alone."""
 
 
 class Evaluation(Section):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from megatron_sip.config_judge import NoveltyCriterion, PromptedCriterion
+from megatron_sip.config_model import model_rules
 from megatron_sip.config_rules_objective import reference_rules, source_rules
 
 if TYPE_CHECKING:
@@ -28,18 +29,16 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
     tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
     sections = {"servers": c.servers, "rollout": c.rollout, "judge": c.judge}
     rules = [
-        (m.hidden_size % m.num_attention_heads == 0,
-         f"model.hidden_size {m.hidden_size} must be a multiple of model.num_attention_heads "
-         f"{m.num_attention_heads}"),
-        (m.num_attention_heads % m.num_query_groups == 0,
-         f"model.num_attention_heads {m.num_attention_heads} must be a multiple of "
-         f"model.num_query_groups {m.num_query_groups}"),
+        *model_rules(m),
         (m.num_query_groups % tp == 0,
          f"model.num_query_groups {m.num_query_groups} must be a multiple of "
          f"parallel.tensor_model_parallel_size {tp}; lower the latter"),
         (m.ffn_hidden_size % tp == 0,
          f"model.ffn_hidden_size {m.ffn_hidden_size} must be a multiple of "
          f"parallel.tensor_model_parallel_size {tp}"),
+        (m.experts is None or tp == 1 or p.sequence_parallel,
+         f"parallel.tensor_model_parallel_size {tp} with [model.experts] needs "
+         "parallel.sequence_parallel = true, without which Megatron-Core does not train experts"),
         (m.num_layers % pp == 0,
          f"model.num_layers {m.num_layers} must be a multiple of "
          f"parallel.pipeline_model_parallel_size {pp}"),
@@ -95,9 +94,10 @@ def _blends(c: Config) -> Iterator[tuple[bool, str]]:
 def _sip_rules(c: Config) -> list[tuple[bool, str]]:
     """Rules on servers, sources and objective of a valid SIP recipe."""
     assert c.rollout and c.judge and c.curriculum
-    users = {"rollout.server": c.rollout.server, "evaluation.server": c.evaluation.server}
+    users = {_nth("rollout.server", n): name for n, name in enumerate(c.rollout.servers)}
+    users["evaluation.server"] = c.evaluation.server
     users |= {
-        f"judge.criteria[{i}].server" + ("" if n == 0 else f"[{n}]"): name
+        _nth(f"judge.criteria[{i}].server", n): name
         for i, x in enumerate(c.judge.criteria)
         if not isinstance(x, NoveltyCriterion)
         for n, name in enumerate(x.servers)
@@ -140,28 +140,59 @@ def _sip_rules(c: Config) -> list[tuple[bool, str]]:
         (c.rollout.weight_transfer != "shared_memory" or c.platform.kind == "cpu",
          'rollout.weight_transfer = "shared_memory" works on the CPU only; use "nccl"'),
     ]  # fmt: skip
-    rules += [*_server_rules(c), *_tokenizer_rules(c, users)]
-    served = c.servers.get(c.rollout.server)
-    if served is not None and served.kind == "start":
-        head = c.model.hidden_size // c.model.num_attention_heads
-        rules.append(
-            (c.platform.kind != "cpu" or head in CPU_HEAD_SIZES,
-             f"model.hidden_size / model.num_attention_heads = {head}: vLLM on the CPU has "
-             f"attention for heads of {CPU_HEAD_SIZES} only"))  # fmt: skip
-        row, limit = c.data.prefix_tokens + c.data.suffix_tokens, c.model.max_sequence_length
-        rules.append(
-            (row <= served.max_model_len <= limit,
-             f"servers.{c.rollout.server}.max_model_len {served.max_model_len} must be at "
-             f"least data.prefix_tokens + data.suffix_tokens = {row} and at most "
-             f"model.max_sequence_length {limit}"))  # fmt: skip
-    return rules + source_rules(c)
+    return [
+        *rules, *_server_rules(c), *_tokenizer_rules(c, users), *_rollout_rules(c), *source_rules(c)
+    ]  # fmt: skip
+
+
+def _nth(key: str, n: int) -> str:
+    """How the n-th name of a key is called that holds one name or several."""
+    return key + ("" if n == 0 else f"[{n}]")
+
+
+def _rollout_rules(c: Config) -> Iterator[tuple[bool, str]]:
+    """What the servers that serve the policy must have in common, and be able to serve."""
+    assert c.rollout
+    names = c.rollout.servers
+    yield bool(names), "rollout.server names no server; name one at least"
+    yield (
+        len(set(names)) == len(names),
+        f"rollout.server names a server twice: {list(names)}; name each once",
+    )
+    yield (
+        c.parallel.world_size == 1 or c.rollout.sync_timeout_s < COLLECTIVE_TIMEOUT_S,
+        f"rollout.sync_timeout_s {c.rollout.sync_timeout_s:g} must be below "
+        f"{COLLECTIVE_TIMEOUT_S}: the other ranks wait no longer",
+    )
+    started = {n: s for n in names if (s := c.servers.get(n)) is not None and s.kind == "start"}
+    dtypes = {server.dtype for server in started.values()}
+    yield (
+        len(dtypes) <= 1,
+        f"rollout.server: dtypes of {sorted(started)} differ ({sorted(dtypes)}); give all the "
+        "same: a rollout must not depend on who answers",
+    )
+    head = c.model.head_dim
+    yield (
+        not started or c.platform.kind != "cpu" or head in CPU_HEAD_SIZES,
+        f"the size of a head is {head} (model.kv_channels, or model.hidden_size / "
+        f"model.num_attention_heads): vLLM on the CPU has attention for heads of "
+        f"{CPU_HEAD_SIZES} only",
+    )
+    row, limit = c.data.prefix_tokens + c.data.suffix_tokens, c.model.max_sequence_length
+    for name, server in started.items():
+        yield (
+            row <= server.max_model_len <= limit,
+            f"servers.{name}.max_model_len {server.max_model_len} must be at "
+            f"least data.prefix_tokens + data.suffix_tokens = {row} and at most "
+            f"model.max_sequence_length {limit}",
+        )
 
 
 def _tokenizer_rules(c: Config, users: dict[str, str]) -> Iterator[tuple[bool, str]]:
     """Only a server that is asked for reasoned answers and nothing else can do without."""
     assert c.rollout and c.judge
     reasoned = {
-        f"judge.criteria[{i}].server" + ("" if n == 0 else f"[{n}]")
+        _nth(f"judge.criteria[{i}].server", n)
         for i, criterion in enumerate(c.judge.criteria)
         if isinstance(criterion, PromptedCriterion) and criterion.answer.kind == "reasoned"
         for n in range(len(criterion.servers))
@@ -170,7 +201,7 @@ def _tokenizer_rules(c: Config, users: dict[str, str]) -> Iterator[tuple[bool, s
         server = c.servers.get(name)
         if server is not None and server.kind == "connect" and key not in reasoned:
             yield (
-                server.tokenizer is not None or key == "rollout.server",
+                server.tokenizer is not None or key.startswith("rollout.server"),
                 f"{key} sends token ids to servers.{name}, which has no tokenizer; give "
                 f"servers.{name}.tokenizer, or read verdicts from reasoned answers",
             )
@@ -180,6 +211,7 @@ def _server_rules(c: Config) -> list[tuple[bool, str]]:
     """What each server may be: where it runs, what it serves, who may reach it."""
     assert c.rollout
     rules: list[tuple[bool, str]] = []
+    policies = ", ".join(f'"{name}"' for name in c.rollout.servers)
     taken: dict[int, str] = {}
     for name, server in c.servers.items():
         if server.kind == "connect":
@@ -190,9 +222,9 @@ def _server_rules(c: Config) -> list[tuple[bool, str]]:
                  "name the environment variable of its key in api_key_env"))  # fmt: skip
             continue
         rules += [
-            ((server.model == "policy") == (name == c.rollout.server),
-             f'servers.{name}.model is "{server.model}", rollout.server is "{c.rollout.server}": '
-             'that server, and no other, serves "policy"'),
+            ((server.model == "policy") == (name in c.rollout.servers),
+             f'servers.{name}.model is "{server.model}", rollout.server is {policies}: '
+             'what it names, and no other, serves "policy"'),
             (c.platform.kind == "cuda" or not server.gpus,
              f'servers.{name}.gpus is {list(server.gpus)}, but platform.kind is "cpu"; remove it'),
             (c.platform.kind == "cpu" or bool(server.gpus),

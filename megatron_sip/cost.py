@@ -72,7 +72,7 @@ def devices_of(config: Config, *, servers: bool) -> Devices:
 def _servers_of_roles(config: Config) -> dict[str, set[str]]:
     assert config.rollout is not None and config.judge is not None
     return {
-        "rollout": {config.rollout.server},
+        "rollout": set(config.rollout.servers),
         "rewrite": {config.rewriter.server} if config.rewriter else set(),
         "judge": {
             name

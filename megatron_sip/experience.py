@@ -102,6 +102,7 @@ class LiveExperience:
             samples = self.reader.read(first_sample, positions)
         with self.timer("rollout"):
             rollouts = self._rollouts(samples, plan, step)
+        seconds = self.engine.seconds if any(rollouts) else {}
         with self.timer("rewrite"):
             rewrites, means = self._rewrites(samples, plan)
         pools = self._pools(samples, plan, rollouts, rewrites)
@@ -116,6 +117,7 @@ class LiveExperience:
         means |= self._totals("pool", dropped(pools))
         means |= self._totals("judge", judge_stats)
         means |= rollout_means(rollouts)
+        means |= {f"rollout/server_s/{name}": (s, 1.0) for name, s in seconds.items()}
         if self.watch is not None and self.watch.is_due(step):
             with self.timer("trust"):
                 means |= self.watch.look(step, records)

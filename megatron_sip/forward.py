@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from megatron_sip.supervision.heartbeat import HEART
 from megatron_sip.types import TrainRows
 
 MicroLoss = Callable[
@@ -25,6 +26,7 @@ int32 token count, report)."""
 def _forward(model: Any, rows: TrainRows, *, with_entropy: bool) -> Any:
     """NLL float32[R, S] of the labels on the last stage, or (NLL, entropy); hidden states before.
     """  # fmt: skip
+    HEART.beat()
     return model(
         input_ids=rows.tokens,
         position_ids=rows.position_ids.expand(3, -1, -1),

@@ -53,6 +53,7 @@ class Learner:
     ranks: Ranks
     platform: Platform
     limits: MismatchLimits = field(default_factory=MismatchLimits)
+    num_moves: int = 0  # updates that changed the weights
     _proved: bool = False
 
     def learn(
@@ -95,6 +96,8 @@ class Learner:
         )  # without a scored token the gradient is 0, and Adam's moments must not move the weights
         if not updated or not math.isfinite(grad_norm):
             raise StepStopped(f"the optimizer refused the step: gradient norm {grad_norm}")
+        lr = self.scheduler.optimizer.param_groups[0]["lr"]
+        self.num_moves += bool(counts[TOKENS] and lr > 0 and grad_norm > 0)
         means |= self.pass_step()
         if self.ranks.is_main:
             means["grad_norm"] = (float(grad_norm), 1.0)

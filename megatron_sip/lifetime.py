@@ -7,12 +7,11 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
 from megatron_sip.errors import RunFailed
+from megatron_sip.supervision.heartbeat import HEART
 
 PR_SET_PDEATHSIG = 1
 SHUTDOWN_VARIABLE = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"  # torchrun's own
@@ -43,20 +42,6 @@ def die_with_parent() -> bool:
     return True
 
 
-@contextmanager
-def children_shielded() -> Iterator[None]:
-    """Processes that are started inside do not see SIGTERM and SIGINT.
-
-    torchrun sends them to a rank's whole process group, and a helper that dies of one takes the
-    checkpoint that it was writing with it. This process still gets them, at the latest on leaving.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, StopRequest.SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 class Stopped(RunFailed):
     """The run was asked to stop, saved a checkpoint and ended."""
 
@@ -75,6 +60,7 @@ def patience_s() -> float:
 
 
 def _leave(signum: int) -> None:
+    HEART.end(f"{signal.Signals(signum).name} came, and the step took too long")
     print(
         f"error: {signal.Signals(signum).name} came, and the step did not end within "
         f"{patience_s():.0f} s (torchrun sends SIGTERM also when another rank or a server died); "
@@ -87,13 +73,17 @@ def _leave(signum: int) -> None:
 
 
 class StopRequest:
-    """SIGTERM and SIGINT as a wish that the loop grants after its step; a second one ends at once.
+    """SIGTERM, SIGINT and SIGUSR1 as a wish that the loop grants after its step; a second one ends
+    at once.
 
-    A context: outside of it the signals do what they did before. One that was ignored, such as
-    SIGINT in a background job, stays so.
+    Schedulers announce a pre-emption by SIGTERM or SIGUSR1; torchrun hands on the latter with
+    `--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1`.
+    A context: after it the signals do what they did before, unless it is left by an exception: when
+    a rank dies, torchrun sends SIGTERM to the others, which have last words to say. A signal that
+    was ignored, such as SIGINT in a background job, stays so.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
     def __init__(self) -> None:
         self.signum = 0  # 0: not asked
@@ -105,9 +95,10 @@ class StopRequest:
         self._before = {s: signal.signal(s, self._ask) for s in heard}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.granted()
-        self._restore()
+        if kind is None:
+            self._restore()
 
     def granted(self) -> None:
         """The step is done and the run is about to save; there is no hurry any more."""

@@ -33,6 +33,9 @@ def transformer_config(model: Model, parallel: Parallel, platform: Platform) -> 
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
+        add_qkv_bias=model.qkv_bias,
+        qk_layernorm=model.qk_norm,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_epsilon,
         gated_linear_unit=True,
@@ -46,34 +49,50 @@ def transformer_config(model: Model, parallel: Parallel, platform: Platform) -> 
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         calculate_per_token_loss=True,
-        mrope_section=[model.hidden_size // model.num_attention_heads // 2, 0, 0],
+        mrope_section=[model.head_dim // 2, 0, 0],
         apply_rope_fusion=False,  # its kernel counts positions from 0 in every row
         recompute_granularity=model.recompute_granularity,
         recompute_method="uniform" if model.recompute_granularity else None,
         recompute_num_layers=1 if model.recompute_granularity else None,
+        **_expert_fields(model, platform),
         **platform.transformer_config_fields(),
     )
+
+
+def _expert_fields(model: Model, platform: Platform) -> dict[str, Any]:
+    """Fields of TransformerConfig for experts; tokens are never dropped.
+
+    Megatron-Core's order is softmax over the chosen experts; `pre_softmax` is over all of them.
+    """
+    if model.experts is None:
+        return {}
+    return {
+        "num_moe_experts": model.experts.num_experts,
+        "moe_router_topk": model.experts.experts_per_token,
+        "moe_ffn_hidden_size": model.ffn_hidden_size,
+        "moe_router_pre_softmax": not model.experts.normalize,
+        "moe_router_load_balancing_type": "none",
+        "moe_router_dtype": "fp32",
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": platform.kind == "cuda",
+    }
 
 
 def build_module(config: Any, model: Model, platform: Platform, *, vocab_size: int) -> Any:
     """SipGPTModel of this rank with uninitialised weights.
 
-    Raises: ValueError if the vocabulary cannot be split over tensor-parallel ranks.
+    Args: vocab_size: rows of the embedding; they are padded to what tensor parallelism divides.
     """
     from megatron.core import parallel_state
 
     from megatron_sip.gpt import SipGPTModel  # after the platform patched Megatron-Core
 
-    tp = config.tensor_model_parallel_size
-    if vocab_size % tp:
-        raise ValueError(
-            f"tokenizer has {vocab_size} pieces, which parallel.tensor_model_parallel_size {tp} "
-            "does not divide; train a tokenizer whose size it divides"
-        )
     module = SipGPTModel(
         config=config,
         transformer_layer_spec=platform.decoder_spec(config),
-        vocab_size=vocab_size,
+        vocab_size=model.padded_vocabulary(
+            vocab_size, tensor_parallel=config.tensor_model_parallel_size
+        ),
         max_sequence_length=model.max_sequence_length,
         pre_process=parallel_state.is_pipeline_first_stage(),
         post_process=parallel_state.is_pipeline_last_stage(),
@@ -82,6 +101,9 @@ def build_module(config: Any, model: Model, platform: Platform, *, vocab_size: i
         position_embedding_type="mrope",  # three times the same positions: RoPE that reads them
         rotary_base=model.rotary_base,
     ).to(platform.device)
+    module.unpadded_vocab_size = vocab_size
+    if model.rope_scaling is not None:
+        module.scale_rope(model.rope_scaling)
     mark_tensor_parallel(module)
     return module
 
@@ -92,15 +114,25 @@ def mark_tensor_parallel(module: Any) -> None:
     Megatron-Core marks them where it initialises them, which `perform_initialization` turns off.
     """
     for name, parameter in module.named_parameters():
-        if parameter.dim() > 1:
+        if is_sliced(name):
             parameter.tensor_model_parallel = True
             parameter.partition_dim = int(writes_into_residual(name))
             parameter.partition_stride = 1
 
 
+def is_sliced(name: str) -> bool:
+    """True for what tensor parallelism slices: all matrices but the router's, and their biases."""
+    return not name.endswith(("norm.weight", "layer_norm_weight", "router.weight"))
+
+
 def writes_into_residual(name: str) -> bool:
     """True for the row-parallel matrices: attention output and MLP down projection."""
-    return name.endswith(("linear_proj.weight", "linear_fc2.weight"))
+    return _kind(name).endswith(("linear_proj.weight", "linear_fc2.weight"))
+
+
+def _kind(name: str) -> str:
+    """The name without the expert's number, which stands at the end of grouped ones."""
+    return name.rstrip("0123456789")
 
 
 def global_name(name: str, module: Any) -> str:
@@ -115,7 +147,7 @@ def initialize_randomly(module: Any, model: Model, *, seed: int) -> None:
     """Fill the weights from (seed, global parameter name): the same model for every layout.
 
     Normal with `init_std`; matrices that write into the residual stream are scaled by
-    1/sqrt(2 x layers); norms are one.
+    1/sqrt(2 x layers); norms are one; biases and the padding of the vocabulary are zero.
     """
     from megatron.core import parallel_state
 
@@ -126,24 +158,31 @@ def initialize_randomly(module: Any, model: Model, *, seed: int) -> None:
         if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
             name = "embedding.word_embeddings.weight"  # the last stage's copy of a tied matrix
         if parameter.dim() == 1:
-            parameter.data.fill_(1.0)
+            parameter.data.fill_(0.0 if name.endswith("bias") else 1.0)
             continue
         into_residual = writes_into_residual(name)
         std = model.init_std / (math.sqrt(2 * model.num_layers) if into_residual else 1.0)
         dim = 1 if into_residual else 0  # row-parallel, column-parallel
+        slices = tp if is_sliced(name) else 1
         shape = list(parameter.shape)
-        shape[dim] *= tp
+        shape[dim] *= slices
+        padding = 0
+        if name.endswith(("word_embeddings.weight", "output_layer.weight")):
+            padding = shape[0] - module.unpadded_vocab_size
+            shape[0] -= padding
         words = np.frombuffer(name.encode().ljust(4 * -(-len(name) // 4)), dtype=np.uint32)
         generator = torch.Generator().manual_seed(
             int(np.random.SeedSequence([seed, *words.tolist()]).generate_state(1)[0])
         )
         full = torch.empty(shape, dtype=torch.float32, device="cpu")
         full.normal_(0.0, std, generator=generator)
-        if name.endswith("linear_fc1.weight"):  # a rank holds its slice of gate, then of up
+        if padding:
+            full = torch.nn.functional.pad(full, (0, 0, 0, padding))
+        if _kind(name).endswith("linear_fc1.weight"):  # a rank holds its slice of gate, then of up
             gate, up = full.chunk(2)
             local = torch.cat([gate.chunk(tp)[rank], up.chunk(tp)[rank]])
         else:
-            local = full.chunk(tp, dim)[rank]
+            local = full.chunk(slices, dim)[rank % slices]
         parameter.data.copy_(local)
 
 

@@ -8,6 +8,7 @@ finished rows to the rest of its replica.
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from megatron_sip.config import Parallel
 from megatron_sip.config_rules import COLLECTIVE_TIMEOUT_S
@@ -59,7 +62,7 @@ def initialize(settings: Parallel, platform: Platform, *, seed: int) -> Ranks:
     """Join the process groups of this run; torchrun must have started as many ranks."""
     from megatron.core import parallel_state, tensor_parallel
 
-    dist.init_process_group(platform.backend, timeout=COLLECTIVE_TIMEOUT)
+    _join(platform.backend)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=settings.tensor_model_parallel_size,
         pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
@@ -73,6 +76,23 @@ def initialize(settings: Parallel, platform: Platform, *, seed: int) -> Ranks:
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def _join(backend: str) -> None:
+    """Meet the other ranks of this attempt.
+
+    torchrun may keep one store over its restarts, which holds the addresses of ranks that died, so
+    every attempt has names of its own there.
+    """
+    store, rank, world_size = next(rendezvous("env://", timeout=COLLECTIVE_TIMEOUT))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group(
+        backend,
+        store=PrefixStore(f"attempt {attempt}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=COLLECTIVE_TIMEOUT,
     )
 
 

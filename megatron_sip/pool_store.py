@@ -146,12 +146,27 @@ def read_spent(pools_dir: Path, step: int) -> dict[str, float]:
     return total
 
 
-def num_committed(pools_dir: Path) -> int:
-    """Steps 0, 1, ... that are committed without a gap."""
-    step = 0
+def num_committed(pools_dir: Path, *, first: int = 0) -> int:
+    """The first step from `first` on that is not committed."""
+    step = first
     while _marker(pools_dir, step).exists():
         step += 1
     return step
+
+
+def pool_bytes(run_dir: Path, step: int) -> int:
+    """Size of a step's pools; 0 if there are none."""
+    return sum(p.stat().st_size for p in (run_dir / "pools").glob(f"step_{step:08d}.*"))
+
+
+def prune_pools(run_dir: Path, *, before: int) -> None:
+    """Remove the pools of all steps before `before`, the oldest first, each one's marker first."""
+    for marker in sorted((run_dir / "pools").glob("step_*.done")):
+        if int(marker.stem.removeprefix("step_")) >= before:
+            break
+        marker.unlink()
+        for shard in marker.parent.glob(f"{marker.stem}.dp*.parquet"):
+            shard.unlink()
 
 
 def _shard(folder: Path, step: int, dp_rank: int) -> Path:

@@ -7,7 +7,6 @@ What needs a model's sizes (memory, disk, prompt lengths) is in `explain`.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -21,11 +20,13 @@ from megatron_sip.config import (
     api_key,
 )
 from megatron_sip.config_judge import PromptedCriterion
+from megatron_sip.convert.hf_folder import agreement_problems
 from megatron_sip.data.blended_corpus import open_corpus
 from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.errors import refuse
 from megatron_sip.judge.calibration import check_suffixes, read_pairs
 from megatron_sip.judge.prompts import check_form, load_prompt
+from megatron_sip.model_folder import check_model_folder, check_weights, read_config
 from megatron_sip.pool_store import num_committed
 from megatron_sip.recipe_change import check_recipe
 from megatron_sip.run_dir import check_run_dir, refuse_secrets
@@ -39,24 +40,29 @@ def check(
     *,
     pools_dir: Path | None = None,
     resume: bool = False,
+    begun: bool = False,
     environment: Mapping[str, str] = os.environ,
 ) -> None:
     """Refuse a run that cannot work; torchrun's variables are in `environment`.
 
+    Args:   begun: run.dir holds what an earlier attempt of this launch left, which is replaced.
     Raises: ValueError with one message for each thing that is wrong.
     """
-    found = problems(config, servers=pools_dir is None, resume=resume)
+    found = problems(config, servers=pools_dir is None, resume=resume, begun=begun)
     sinks = check_sinks(config) if environment.get("RANK", "0") == "0" else []
     refuse([*_ranks(config, environment), *found, *_pools(config, pools_dir), *sinks])
 
 
-def problems(config: Config, *, servers: bool = True, resume: bool = False) -> tuple[str, ...]:
+def problems(
+    config: Config, *, servers: bool = True, resume: bool = False, begun: bool = False
+) -> tuple[str, ...]:
     """What is wrong with the files and folders that a recipe names.
 
     Args:   servers: also look at those of servers, judges and rewriter; a replay uses none.
             resume: run.dir must hold a run that can go on, instead of nothing.
+            begun: it may hold anything.
     """
-    found = [*_run_dir(config, resume), *_data(config), *_folders(config)]
+    found = [*_run_dir(config, resume, begun), *_data(config), *_folders(config)]
     if servers and config.run.task == "sip":
         found += [*_servers(config), *_prompts(config)]
     return tuple(found)
@@ -95,17 +101,17 @@ def _ranks(config: Config, environment: Mapping[str, str]) -> Iterator[str]:
             )
 
 
-def _run_dir(config: Config, resume: bool) -> Iterator[str]:
+def _run_dir(config: Config, resume: bool, begun: bool) -> Iterator[str]:
     if resume:
         yield from _failures(check_recipe, config)
-    else:
+    elif not begun:
         yield from _failures(check_run_dir, config.run.dir)
     yield from _failures(refuse_secrets, config)
 
 
 def _data(config: Config) -> Iterator[str]:
     """Tokenizer and datasets, against each other; the checkpoint to start from, against both."""
-    path, tp = config.data.tokenizer, config.parallel.tensor_model_parallel_size
+    path = config.data.tokenizer
     try:
         tokenizer = Tokenizer.load(path)
     except ValueError as error:
@@ -124,13 +130,26 @@ def _data(config: Config) -> Iterator[str]:
                 part.check_indexes()
         except ValueError as error:
             yield f"data.{split}: {error}"
-    if tokenizer and tokenizer.vocab_size % tp:
+    if tokenizer and tokenizer.vocab_size > config.model.vocabulary(tokenizer.vocab_size):
         yield (
-            f"data.tokenizer {path} has {tokenizer.vocab_size} pieces, which "
-            f"parallel.tensor_model_parallel_size {tp} does not divide; use a divisor"
+            f"data.tokenizer {path} has {tokenizer.vocab_size} pieces, more than model.vocab_size "
+            f"{config.model.vocab_size}; leave model.vocab_size out"
         )
-    if config.model.init.kind == "megatron":
+    init = config.model.init
+    if init.kind == "huggingface":
+        yield from (f"model.init.path: {m}" for m in _check_folder(config, init.path, tokenizer))
+    if init.kind == "megatron":
         yield from (f"model.init.path: {m}" for m in _failures(_check_init, config, tokenizer))
+
+
+def _check_folder(config: Config, folder: Path, tokenizer: Tokenizer | None) -> Iterator[str]:
+    """Whether a Hugging Face folder holds the weights of the recipe's model."""
+    try:
+        yield from agreement_problems(config.model, folder, tokenizer)
+    except (OSError, ValueError) as error:
+        yield str(error)
+    else:
+        yield from _failures(check_weights, folder)
 
 
 def _check_init(config: Config, tokenizer: Tokenizer | None) -> None:
@@ -140,8 +159,9 @@ def _check_init(config: Config, tokenizer: Tokenizer | None) -> None:
     identity = {}
     if tokenizer:
         identity = checkpoint_files.model_identity(
-            config.model, vocab_size=tokenizer.vocab_size, tokenizer_digest=tokenizer.digest
-        )
+            config.model, vocab_size=config.model.vocabulary(tokenizer.vocab_size),
+            tokenizer_digest=tokenizer.digest,
+        )  # fmt: skip
     checkpoint_files.check_identity(folder, identity)
 
 
@@ -178,53 +198,12 @@ def _servers(config: Config) -> Iterator[str]:
         found = list(_failures(check_model_folder, folder))
         yield from (f"{key} {message}" for message in found)
         if isinstance(server, StartServer) and not found:
-            yield from (f"{key} {m}" for m in _failures(_check_weights, folder))
+            yield from (f"{key} {m}" for m in _failures(check_weights, folder))
             yield from (f"servers.{name}." + m for m in _failures(_check_length, server, folder))
 
 
-def check_model_folder(folder: Path) -> None:
-    """Whether a model folder has a tokenizer and a config.json, and holds no code.
-
-    Raises: ValueError naming folder and remedy.
-    """
-    for name in ("config.json", "tokenizer.json"):
-        if not (folder / name).is_file():
-            raise ValueError(
-                f"{folder} has no {name}; give a Hugging Face folder (make quickstart makes "
-                "the quickstart's judge with tools/convert_checkpoint.py gguf-to-hf)"
-            )
-    code = sorted(p.name for p in folder.rglob("*.py"))
-    auto_map = "auto_map" in _read_config(folder)
-    if code or auto_map:
-        raise ValueError(
-            f"{folder} brings code ({', '.join(code) or 'auto_map in config.json'}); "
-            "model folders with code are refused, remove it"
-        )
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'config.json'} is not JSON ({error}); copy it anew") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{folder / 'config.json'} is not a JSON object; copy it anew")
-    return found
-
-
-def _check_weights(folder: Path) -> None:
-    """Whether all safetensors files are there; vLLM would find out after its slow start."""
-    index = folder / "model.safetensors.index.json"
-    names = {"model.safetensors"}
-    if index.is_file():
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    missing = sorted(name for name in names if not (folder / name).is_file())
-    if missing:
-        raise ValueError(f"{folder} lacks weights: {', '.join(missing)}; copy them there")
-
-
 def _check_length(server: StartServer, folder: Path) -> None:
-    longest = _read_config(folder).get("max_position_embeddings")
+    longest = read_config(folder).get("max_position_embeddings")
     if isinstance(longest, int) and server.max_model_len > longest:
         raise ValueError(
             f"max_model_len {server.max_model_len} is more than the {longest} positions of "
@@ -271,6 +250,8 @@ def _pools(config: Config, pools_dir: Path | None) -> Iterator[str]:
     steps = num_committed(pools_dir)
     if steps < config.run.steps:
         remedy = f"set run.steps to {steps}" if steps else "give the pools/ folder of a run"
+        if any(pools_dir.glob("step_*.done")) and not steps:
+            remedy = "its first ones were removed (run.keep_pools), so it cannot be replayed"
         yield (
             f"--pools {pools_dir} holds {steps} committed steps (step_00000000.done, ...), "
             f"run.steps is {config.run.steps}; {remedy}"

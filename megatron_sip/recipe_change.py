@@ -9,9 +9,11 @@ from megatron_sip.config import Config
 from megatron_sip.recipe import flatten, load_config
 
 FREE = (
-    "run.dir", "platform", "parallel", "servers", "checkpoint", "model.init",
+    "run.dir", "run.max_gib", "run.keep_pools", "run.max_log_mib",
+    "run.hang_timeout_s", "platform", "parallel", "servers", "checkpoint", "model.init",
     "data.tokenizer", "data.train", "data.validation", "data.test",  # checked by their digests
     "data.cache_dir", "data.prefetch_steps", "data.micro_batch_size", "evaluation.bootstrap",
+    "rollout.server", "rollout.sync_timeout_s",
     "rollout.concurrency", "rollout.timeout_s", "rollout.weight_transfer", "rollout.bucket_mib",
     "rollout.max_logprob_mismatch", "rollout.max_logprob_mismatch_p99",
     "rollout.max_logprob_mismatch_max", "rollout.max_kl",

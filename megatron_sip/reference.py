@@ -60,7 +60,6 @@ def save_reference(run: Run) -> None:
             run.state.reference_version,
             module=run.reference,
             identity=run.identity,
-            ranks=run.ranks,
         )
 
 

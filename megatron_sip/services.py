@@ -16,7 +16,7 @@ from megatron_sip.config import (
     StartServer,
 )
 from megatron_sip.config_judge import Criterion, LikelihoodCriterion, NoveltyCriterion
-from megatron_sip.convert.huggingface import llama_config
+from megatron_sip.convert.families import SpecialIds, describe
 from megatron_sip.data.blended_corpus import BlendedCorpus
 from megatron_sip.data.frequencies import pair_frequencies
 from megatron_sip.data.tokenizer import Tokenizer
@@ -28,8 +28,10 @@ from megatron_sip.judge.text_model import JudgeTokenizer
 from megatron_sip.platform import Platform
 from megatron_sip.rewriting.rewriter import Rewriter
 from megatron_sip.rollout.vllm_engine import VllmEngine
+from megatron_sip.serving.adoption import Handover
 from megatron_sip.serving.client import Endpoint
 from megatron_sip.serving.fleet import Fleet
+from megatron_sip.supervision.restarts import launch_of
 from megatron_sip.trust.look import Watch
 from megatron_sip.types import SipSample
 
@@ -58,11 +60,11 @@ def start_fleet(
         if server.model == "policy":
             folder = run_dir / "servers" / name
             folder.mkdir(parents=True, exist_ok=True)
-            description = llama_config(
+            description = describe(
                 config.model,
-                vocab_size=tokenizer.vocab_size,
-                eos_token_id=tokenizer.eod,
-                dtype=platform.params_dtype,
+                vocab_size=config.model.vocabulary(tokenizer.vocab_size),
+                special=SpecialIds(eos=tokenizer.eod),
+                dtype=str(platform.params_dtype).removeprefix("torch."),
             )
             (folder / "config.json").write_text(json.dumps(description, indent=1))
             dirs[name] = folder
@@ -73,8 +75,9 @@ def start_fleet(
         model_dirs=dirs,
         log_dir=run_dir / "logs",
         platform_kind=config.platform.kind,
-        policy=config.rollout.server,
+        policy=config.rollout.servers,
         weight_transfer=config.rollout.weight_transfer,
+        handover=Handover(run_dir / "servers" / "live.json", launch_of().heir),
     )
     return stack.enter_context(fleet)
 
@@ -96,7 +99,7 @@ def connect(
     assert config.rollout is not None and config.judge is not None
     rollout = config.rollout
     engine = VllmEngine(
-        endpoints[rollout.server],
+        [endpoints[name] for name in rollout.servers],
         tokenizer,
         temperature=rollout.temperature,
         top_p=rollout.top_p,

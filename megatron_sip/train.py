@@ -13,19 +13,21 @@ import torch.distributed as dist
 
 from megatron_sip import checkpoint, checkpoint_files, parallel
 from megatron_sip.assembly import build_run, connect_servers, open_data
-from megatron_sip.checkpoint_files import prune
 from megatron_sip.config import Config
 from megatron_sip.console import Console, SilentConsole, setup_logging
 from megatron_sip.cost import used
+from megatron_sip.disk import shortage, tidy
 from megatron_sip.errors import RunFailed, StepAbandoned, refuse
 from megatron_sip.evaluation.evaluate import Evaluator, PolicyOutput, as_metrics, compare
 from megatron_sip.evaluation.saved import load_output, save_output, start_file
 from megatron_sip.explain.plan import explain
+from megatron_sip.learner import StepStopped
 from megatron_sip.lifetime import Stopped, StopRequest, die_with_parent
 from megatron_sip.metrics import MetricLogger
 from megatron_sip.model import frozen_copy
 from megatron_sip.parallel import Ranks
 from megatron_sip.platform import PLATFORMS
+from megatron_sip.recovery import publish, with_servers
 from megatron_sip.reference import save_reference
 from megatron_sip.report import write_report
 from megatron_sip.resume import restore
@@ -33,34 +35,43 @@ from megatron_sip.run_dir import create_run_dir, write_summary
 from megatron_sip.sinks.opening import open_logger
 from megatron_sip.sinks.progress import Progress
 from megatron_sip.step import Run, run_step
+from megatron_sip.supervision import restarts
+from megatron_sip.supervision.heartbeat import HEART
+from megatron_sip.supervision.monitor import last_words
+from megatron_sip.supervision.restarts import Launch
+from megatron_sip.supervision.watched import watched
 from megatron_sip.trust.alarm import Alarm
 
 log = logging.getLogger(__name__)
 
 
-def train(config: Config, *, pools_dir: Path | None = None, resume: bool = False) -> None:
+def train(
+    config: Config, launch: Launch, *, pools_dir: Path | None, resume: bool, begun: bool
+) -> None:
     """Run the recipe to its end, from step 0 or from the latest checkpoint; every rank calls it.
 
     Args:   pools_dir: pools/ of another run to learn from instead of asking servers.
             resume: go on with the run in run.dir.
+            begun: run.dir is of an earlier attempt of this launch; without `resume` what it left
+            there is removed.
     Raises: ValueError for what is wrong and `preflight` could not see, before servers start;
-            Stopped once SIGTERM or SIGINT was obeyed.
+            Stopped once SIGTERM or SIGINT was obeyed; PeerLost if another rank died.
     """
-    started = time.time()
+    started = time.monotonic()
     die_with_parent()
-    if int(os.environ.get("RANK", "0")) == 0:
+    if int(os.environ.get("RANK", "0")) == 0 and not begun:  # servers may still be there
         refuse_unfit(config, replay=pools_dir is not None)
     tokenizer, datasets = open_data(config)
     platform = PLATFORMS[config.platform.kind](config.platform)
     ranks = parallel.initialize(config.parallel, platform, seed=config.run.seed)
-    if not resume:
-        prepare_run_dir(config, ranks)
+    prepare_run_dir(config, ranks, launch, resume=resume, begun=begun)
     setup_logging(config.run.dir, rank=ranks.rank)
     with ExitStack() as stack:
         console = SilentConsole()
         if ranks.is_main:
             console = Console(config.run.steps, title=f"{config.run.task}: {config.run.dir}")
         stack.enter_context(console)
+        stack.enter_context(watched(config, ranks, launch, console))
         run = build_run(config, platform, ranks, tokenizer, datasets, console, stack, resume=resume)
         if resume:
             restore(run)
@@ -69,7 +80,8 @@ def train(config: Config, *, pools_dir: Path | None = None, resume: bool = False
         if ranks.is_main:
             logger = open_logger(config, progress, console.note, after=run.state.step)
             stack.enter_context(logger)
-        with progress:  # it knows the end before servers and sinks are closed
+        words = last_words(HEART, config.run.dir / restarts.RECORDS, launch.peers)
+        with progress, words:  # they know the end before servers and sinks are closed
             evaluators = connect_servers(run, tokenizer, datasets, pools_dir, stack)
             starts = begin(run, evaluators, resume)
             train_steps(run, evaluators, starts, logger)
@@ -81,12 +93,17 @@ def refuse_unfit(config: Config, *, replay: bool) -> None:
     refuse(explain(config, servers_start=not replay).unfit)
 
 
-def prepare_run_dir(config: Config, ranks: Ranks) -> None:
-    """Rank 0 makes the run directory; all ranks learn whether it could."""
+def prepare_run_dir(
+    config: Config, ranks: Ranks, launch: Launch, *, resume: bool, begun: bool
+) -> None:
+    """Rank 0 makes the run directory or takes it over; all ranks learn whether it could."""
     problem = None
     if ranks.is_main:
         try:
-            create_run_dir(config.run.dir, config)
+            if resume:
+                restarts.claim(config.run.dir, launch)
+            else:
+                create_run_dir(config.run.dir, config, launch, begun=begun)
         except (OSError, ValueError) as error:
             problem = str(error)
     problem = parallel.broadcast_object(problem)
@@ -124,7 +141,6 @@ def begin(run: Run, evaluators: dict[str, Evaluator], resume: bool) -> dict[str,
             0,
             module=run.learner.policy.module,
             identity=run.identity,
-            ranks=run.ranks,
             state=run.state,
         )
     return starts
@@ -142,13 +158,15 @@ def train_steps(
     Raises: Stopped, on every rank, after a checkpoint.
     """
     config = run.config
+    HEART.beat(step=run.state.step + 1)
     run.timer.take()  # what came before the first step
     trust = config.judge.trust if config.judge else None
     alarm = Alarm(trust.window) if trust else None
+    begun = time.perf_counter()
     with StopRequest() as request:
         while run.state.step < config.run.steps:
-            begun = time.perf_counter()
             refuse_to_spend(run)
+            refuse_to_fill(run)
             metrics = make_step(run)
             signum = int(parallel.maximum(request.signum, run.platform))
             last = run.state.step == config.run.steps
@@ -156,9 +174,8 @@ def train_steps(
                 request.granted()
             else:
                 metrics |= evaluate_now_and_then(run, evaluators, starts)
-            if last or signum or run.state.step % config.checkpoint.interval == 0:
-                save(run)
             metrics |= run.timer.take() | {"time/step_s": time.perf_counter() - begun}
+            begun = time.perf_counter()  # a checkpoint counts to the step after it
             if logger is not None:
                 metrics |= sound(run, alarm, metrics)
                 metrics |= used(
@@ -168,8 +185,14 @@ def train_steps(
                 replayed = run.state.step <= run.replay_until
                 logger.log(run.state.step, metrics, replayed=replayed)
                 run.console.step(run.state.step, metrics)
+            settle(run, wait=False)  # only now: a step that is saved has its line
+            if last or signum or run.state.step % config.checkpoint.interval == 0:
+                save(run)
+            if last or signum:
+                settle(run)
             if signum and not last:
                 raise Stopped(signum, step=run.state.step)
+            HEART.beat(step=run.state.step + 1)
 
 
 def sound(run: Run, alarm: Alarm | None, metrics: dict[str, float]) -> dict[str, float]:
@@ -190,6 +213,9 @@ def make_step(run: Run) -> dict[str, float]:
     except StepAbandoned:
         save_once(run)
         raise
+    except StepStopped:
+        settle(run)
+        raise
 
 
 def refuse_to_spend(run: Run) -> None:
@@ -205,11 +231,31 @@ def refuse_to_spend(run: Run) -> None:
             )
 
 
+def refuse_to_fill(run: Run) -> None:
+    """Raises: RunFailed on every rank, after a checkpoint, before disk or run.max_gib is full."""
+    message, step = "", run.state.step
+    if run.ranks.is_main and run.pending is None:
+        size = checkpoint_files.checkpoint_bytes(run.config.run.dir)
+        message = shortage(run.config, step=step, checkpoint=size or first_checkpoint_bytes(run))
+    if message := parallel.shared_failure(message, run.platform):
+        save_once(run)
+        raise RunFailed(f"stopped after step {step}: {message}, and go on with --resume")
+
+
+def first_checkpoint_bytes(run: Run) -> int:
+    """Weights, and in fp32 main weights and two moments, of all model-parallel ranks."""
+    module, p = run.learner.policy.module, run.config.parallel
+    held = sum(x.numel() * (x.element_size() + 12) for x in module.parameters())
+    return held * p.tensor_model_parallel_size * p.pipeline_model_parallel_size
+
+
 def save_once(run: Run) -> None:
     """Checkpoint of the present state, if there is none."""
+    settle(run)
     folder = checkpoint_files.step_folder(run.config.run.dir, run.state.step)
     if run.state.step and not parallel.broadcast_object(checkpoint_files.is_complete(folder)):
         save(run)
+        settle(run)
 
 
 def evaluate_now_and_then(
@@ -237,14 +283,14 @@ def finish(
     """Evaluate the end policy on test prefixes and sum up."""
     config = run.config
     if run.exchange is not None and run.exchange.version != run.state.policy_version:
-        run.exchange.sync(run.state.policy_version, run.timer)  # the last steps were not sent
+        publish(run)  # the last steps were not sent
     result = {}
     if evaluators:
         end = measure(run, evaluators["test"], "evaluating the end policy on test")
         if end is not None:
             result = compare(starts["test"], end, config.evaluation)
     if run.ranks.is_main:
-        write_summary(config.run.dir, summary(run, result, time.time() - started))
+        write_summary(config.run.dir, summary(run, result, time.monotonic() - started))
         report(run)
         run.console.note(f"done: {config.run.dir}/summary.json")
     dist.barrier()
@@ -263,26 +309,51 @@ def report(run: Run) -> None:
 def measure(run: Run, evaluator: Evaluator, text: str) -> PolicyOutput | None:
     """One evaluation of the present policy, the start policy as second scorer; on rank 0."""
     log.info(text)
-    with run.timer("evaluate"):
-        return evaluator.measure(run.learner.policy.ddp, run.start_policy, parallel.share)
+    try:
+        with run.timer("evaluate"):
+            return evaluator.measure(
+                run.learner.policy.ddp,
+                run.start_policy,
+                parallel.share,
+                lambda ask: with_servers(run, ask),
+            )
+    except StepAbandoned:
+        save_once(run)
+        raise
 
 
 def save(run: Run) -> None:
-    """Checkpoint of the present state."""
+    """Checkpoint of the present state; an asynchronous one is complete once it is settled."""
+    settle(run)
     with run.timer("checkpoint"):
         save_reference(run)
-        checkpoint.save(
+        run.pending = checkpoint.save(
             run.config.run.dir,
             policy=run.learner.policy,
             optimizer=run.learner.optimizer,
             scheduler=run.learner.scheduler,
             state=run.state,
             identity=run.identity,
-            ranks=run.ranks,
+            asynchronous=run.config.checkpoint.asynchronous,
         )
+    if not run.config.checkpoint.asynchronous:
+        settle(run)
+
+
+def settle(run: Run, *, wait: bool = True) -> None:
+    """Complete the checkpoint under way, if there is one, and remove old ones.
+
+    Args: wait: until it is written; else it is completed if that has been done by now.
+    """
+    if run.pending is None:
+        return
+    with run.timer("checkpoint"):
+        if not wait and parallel.maximum(float(run.pending.writing), run.platform):
+            return
+        run.pending, pending = None, run.pending
+        pending.finish()
         if run.ranks.is_main:
-            settings = run.config.checkpoint
-            prune(run.config.run.dir, keep_last=settings.keep_last, keep_every=settings.keep_every)
+            tidy(run.config)
 
 
 def summary(run: Run, result: dict[str, Any], seconds: float) -> dict[str, Any]:

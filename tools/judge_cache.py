@@ -24,6 +24,9 @@ MERGE = """Make one file of all whose process is dead.
 example: after many runs, when a start takes long
   python tools/judge_cache.py merge cache
 
+example: keep the newest 20 GiB; what is left out is paid for again when it is asked for again
+  python tools/judge_cache.py merge cache --max-gib 20
+
 Files of running processes stay, and so do those of other hosts, which cannot be seen from here. A
 kill at any instant loses nothing. A damaged file becomes NAME.damaged; its good rows are merged."""
 
@@ -46,7 +49,8 @@ def report(args: argparse.Namespace) -> int:
 def merge_files(args: argparse.Namespace) -> int:
     from megatron_sip.judge.cache_maintenance import merge
 
-    found = merge(args.folder, other_hosts=args.other_hosts)
+    most = None if args.max_gib is None else round(args.max_gib * 2**30)
+    found = merge(args.folder, other_hosts=args.other_hosts, max_bytes=most)
     if found.merged is None:
         print(f"{args.folder}: nothing to merge")
     else:
@@ -94,6 +98,7 @@ def arguments() -> argparse.Namespace:
         help="price of 10^6 tokens, in any unit; may be repeated")  # fmt: skip
     add = _command(commands, "merge", MERGE, merge_files)
     add("--other-hosts", action="store_true", help="also files of other hosts; none may run")
+    add("--max-gib", type=float, metavar="GIB", help="leave out what was stored first")
     _command(commands, "verify", VERIFY, verify_files)
     return parser.parse_args()
 

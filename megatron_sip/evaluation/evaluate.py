@@ -32,6 +32,7 @@ from megatron_sip.rows import make_rows
 from megatron_sip.types import Candidate, CandidatePool, Pick, SipSample
 
 DISTINCT_SET = 128  # candidates that one distinct-2 is taken over
+Continued = tuple[list[list[Candidate]], np.ndarray]
 NUM_CANDIDATES = 4  # of each prefix; the first is judged, all count for diversity and length
 
 
@@ -93,15 +94,22 @@ class Evaluator:
     judge: Judge | None = None
     batch: int = 8
 
-    def measure(self, policy: Any, second: Any, share: Callable[[Any], Any]) -> PolicyOutput | None:
+    def measure(
+        self,
+        policy: Any,
+        second: Any,
+        share: Callable[[Any], Any],
+        ask: Callable[[Callable[[], Continued]], Continued | None],
+    ) -> PolicyOutput | None:
         """Run the policy over all prefixes; every rank calls it, rank 0 gets the result.
 
         Args:    second: module that scores the continuations a second time, or None.
                  share: hands the I/O rank's object to its whole replica.
+                 ask: has every I/O rank ask servers, again if one failed and came back.
         """
         mine = [self.samples[i] for i in shard(len(self.samples), self.ranks)]
         part: dict[str, Any] = {"nll": -self._score(policy, mine, None)}
-        candidates, scores = share(self._continue(mine) if self.ranks.is_io else None)
+        candidates, scores = share(ask(lambda: self._continue(mine)))
         if self.engine_used:
             first = [of_sample[0] for of_sample in candidates]
             part["second"] = self._score(second, mine, first) if second is not None else None
@@ -122,7 +130,7 @@ class Evaluator:
             pad=self.tokenizer.eod, device=self.device,
         )  # fmt: skip
 
-    def _continue(self, samples: Sequence[SipSample]) -> tuple[list[list[Candidate]], np.ndarray]:
+    def _continue(self, samples: Sequence[SipSample]) -> Continued:
         """Continuations of each prefix, and the first one's mean log-prob under the judge."""
         if self.engine is None or self.judge is None:
             return [], np.zeros(0)

@@ -113,7 +113,8 @@ def activation_bytes(config: Config, workload: Workload, shape: Shape, *, stage:
     """
     p = config.parallel
     tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
-    h, q, k, f = shape.hidden_size, shape.query_size, shape.key_value_size, shape.ffn_hidden_size
+    h, q, k = shape.hidden_size, shape.query_size, shape.key_value_size
+    f = shape.ffn_hidden_size * shape.experts_per_token
     if config.platform.kind == "cpu":
         heads = shape.num_attention_heads
         element, layer = FP32, 6 * h + 4 * q / heads + (4 * q + heads + 5 * f) / tp

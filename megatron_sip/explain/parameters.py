@@ -34,7 +34,7 @@ def part_of(entry: Entry) -> str:
 
 
 def count_parameters(model: Model, parallel: Parallel, *, vocab_size: int) -> Parameters:
-    """Parameters of the policy.
+    """Parameters of the policy; the padding of the vocabulary is in `per_rank` alone.
 
     With tied embeddings the last of several stages holds a second copy, as its head; it counts
     in that stage's `per_rank` and not in `total`.
@@ -44,7 +44,10 @@ def count_parameters(model: Model, parallel: Parallel, *, vocab_size: int) -> Pa
     per_rank = [dict.fromkeys(PARTS, 0) for _ in range(pp)]
     for entry in name_table(model, vocab_size=vocab_size):
         part, numel = part_of(entry), sum(math.prod(shape) for shape in entry.shapes)
-        held = numel if entry.gather_dim is None else numel // tp
+        held = numel if entry.dim is None else numel // tp
+        if entry.padded:
+            padded = model.padded_vocabulary(vocab_size, tensor_parallel=tp)
+            held = padded // tp * model.hidden_size
         total[part] += numel
         per_rank[stage_of(entry, model, pipeline_size=pp)][part] += held
     if model.share_embeddings_and_output_weights and pp > 1:

@@ -118,14 +118,13 @@ def too_long(config: Config, roles: Sequence[Role]) -> tuple[str, ...]:
     """Roles whose requests do not fit the server that gets them; it would refuse each."""
     found = []
     for role in roles:
-        server = config.servers.get(role.place)
-        if server is None or server.kind == "connect" or not role.requests:
-            continue
-        needed = (role.prompt_tokens + role.new_tokens) / role.requests
-        if needed > server.max_model_len:
-            found.append(
-                f"{role.name}: a request has about {needed:,.0f} tokens, more than "
-                f"servers.{role.place}.max_model_len {server.max_model_len}; raise it, or lower "
-                "the prefix_tokens of who asks"
-            )
+        for name in role.servers if role.requests else ():
+            server = config.servers[name]
+            needed = (role.prompt_tokens + role.new_tokens) / role.requests
+            if server.kind == "start" and needed > server.max_model_len:
+                found.append(
+                    f"{role.name}: a request has about {needed:,.0f} tokens, more than "
+                    f"servers.{name}.max_model_len {server.max_model_len}; raise it, or lower "
+                    "the prefix_tokens of who asks"
+                )
     return tuple(found)

@@ -30,7 +30,7 @@ class Role:
 
     name: str
     place: str
-    """"trainer", or the server's name."""
+    """"trainer", or the servers' names, joined by commas."""
     requests: float
     prompt_tokens: float
     """Sent to the server, or positions that the trainer computes."""
@@ -39,6 +39,11 @@ class Role:
     flops: float | None
     """With a working prefix cache; None: the model's size is unknown."""
     flops_without_cache: float | None
+
+    @property
+    def servers(self) -> tuple[str, ...]:
+        """Names of the servers that share it; () for the trainer."""
+        return () if self.place == TRAINER else tuple(self.place.split(", "))
 
 
 def roles_of(
@@ -58,14 +63,14 @@ def roles_of(
     roles = []
     if work.rollouts:
         assert config.rollout is not None
-        roles.append(_rollout(config, work, served[config.rollout.server], lengths))
+        roles.append(_rollout(config, work, served[config.rollout.servers[0]], lengths))
     if work.rewrites:
         assert config.rewriter is not None
         prompts = Prompts(
             work.rewrites, lengths.prompts["rewrite"], new_tokens=config.rewriter.max_tokens
         )
         server = config.rewriter.server
-        roles.append(_served("rewrite", server, served[server], prompts))
+        roles.append(_served("rewrite", (server,), served[server], prompts))
     roles += _judges(config, work, served, lengths)
     if work.uses_reference:
         roles.append(
@@ -77,14 +82,15 @@ def roles_of(
     return (*roles, *_evaluation(config, work, policy, served, lengths))
 
 
-def _served(name: str, server: str, shape: Shape | None, work: Prompts) -> Role:
-    """A role that a server plays."""
+def _served(name: str, servers: tuple[str, ...], shape: Shape | None, work: Prompts) -> Role:
+    """A role that servers of one model share."""
     flops = [
         None if shape is None else serving_flops(shape, work, prefix_cache=cache)
         for cache in (True, False)
     ]
     tokens = work.requests * work.prompt_tokens
-    return Role(name, server, work.requests, tokens, work.requests * work.new_tokens, *flops)
+    written = work.requests * work.new_tokens
+    return Role(name, ", ".join(servers), work.requests, tokens, written, *flops)
 
 
 def _rollout(config: Config, work: Workload, shape: Shape | None, lengths: Lengths) -> Role:
@@ -92,7 +98,7 @@ def _rollout(config: Config, work: Workload, shape: Shape | None, lengths: Lengt
     prompts = Prompts(
         work.rollouts, lengths.prefix, lengths.prefix, work.prompts, config.data.suffix_tokens
     )
-    return _served("rollout", config.rollout.server, shape, prompts)
+    return _served("rollout", config.rollout.servers, shape, prompts)
 
 
 def _judges(
@@ -113,8 +119,7 @@ def _judges(
             scores_prompt=criterion.form == "likelihood",
             new_tokens=_written(criterion),
         )
-        place = ", ".join(criterion.servers)
-        roles.append(_served(name, place, served[criterion.servers[0]], prompts))
+        roles.append(_served(name, criterion.servers, served[criterion.servers[0]], prompts))
     return roles
 
 
@@ -156,11 +161,11 @@ def _evaluation(
         config.data.suffix_tokens,
     )
     scored = Prompts(n, lengths.prompts["evaluation: judge"], scores_prompt=True)
-    for name, server, prompts in (
-        ("evaluation: rollout", config.rollout.server, rollouts),
-        ("evaluation: judge", config.evaluation.server, scored),
+    for name, servers, prompts in (
+        ("evaluation: rollout", config.rollout.servers, rollouts),
+        ("evaluation: judge", (config.evaluation.server,), scored),
     ):
-        roles.append(_served(name, server, served[server], prompts))
+        roles.append(_served(name, servers, served[servers[0]], prompts))
     return roles
 
 

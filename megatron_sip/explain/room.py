@@ -39,6 +39,8 @@ class Machine:
 def this_machine(config: Config) -> Machine | None:
     """None where the recipe's platform is not here, so that nothing can be said."""
     disk = shutil.disk_usage(existing(config.run.dir)).free
+    if config.run.max_gib is not None:
+        disk = min(disk, round(config.run.max_gib * 2**30) - _held(config.run.dir))
     if config.platform.kind == "cpu":
         return Machine(psutil.virtual_memory().available, disk)
     memory = device_memory_bytes()

@@ -73,7 +73,7 @@ def open_files(config: Config) -> tuple[Data, Any, Any]:
     train = datasets["train"]
     samples = config.run.steps * config.data.global_batch_size
     data = Data(
-        vocab_size=tokenizer.vocab_size,
+        vocab_size=config.model.vocabulary(tokenizer.vocab_size),
         vocab_size_assumed=False,
         train_tokens=train.tokens,
         train_documents=train.num_documents,
@@ -89,8 +89,9 @@ def _without_data(config: Config, reason: str) -> tuple[Data, Any]:
         tokenizer = Tokenizer.load(config.data.tokenizer)
     except ValueError:
         tokenizer = None
-    size = tokenizer.vocab_size if tokenizer else ASSUMED_VOCAB_SIZE
-    return Data(size, tokenizer is None, None, None, None, None, reason), tokenizer
+    size = config.model.vocabulary(tokenizer.vocab_size if tokenizer else ASSUMED_VOCAB_SIZE)
+    assumed = tokenizer is None and config.model.vocab_size is None
+    return Data(size, assumed, None, None, None, None, reason), tokenizer
 
 
 def measure_lengths(config: Config, tokenizer: Any, sampler: Any) -> Lengths:

@@ -44,7 +44,8 @@ def server_plans(config: Config, policy: Shape) -> tuple[ServerPlan, ...]:
 
 def _users(config: Config, name: str) -> tuple[str, ...]:
     assert config.rollout is not None and config.judge is not None
-    pairs = [("rollout", config.rollout.server), ("evaluation", config.evaluation.server)]
+    pairs = [("rollout", server) for server in config.rollout.servers]
+    pairs.append(("evaluation", config.evaluation.server))
     pairs += [
         (f"judge: {c.name}", server)
         for c in config.judge.criteria
@@ -59,7 +60,7 @@ def _users(config: Config, name: str) -> tuple[str, ...]:
 def _plan(config: Config, name: str, policy: Shape) -> ServerPlan:
     assert config.rollout is not None
     settings = config.servers[name]
-    role: Literal["policy", "text"] = "policy" if name == config.rollout.server else "text"
+    role: Literal["policy", "text"] = "policy" if name in config.rollout.servers else "text"
     shape, unknown = _shape(settings, role, policy)
     command, environment = ((), {})
     if isinstance(settings, StartServer):

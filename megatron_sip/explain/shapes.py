@@ -85,9 +85,11 @@ def policy_shape(model: Model, *, vocab_size: int) -> Shape:
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
-        head_dim=model.hidden_size // model.num_attention_heads,
+        head_dim=model.head_dim,
         vocab_size=vocab_size,
         tied=model.share_embeddings_and_output_weights,
+        num_experts=model.experts.num_experts if model.experts else 1,
+        experts_per_token=model.experts.experts_per_token if model.experts else 1,
     )
 
 

@@ -44,7 +44,10 @@ def bottleneck(config: Config, roles: Sequence[Role], servers: Sequence[ServerPl
     if config.platform.kind == "cpu":
         return _on_cpu(roles)
     hardware, by_name = Hardware(), {s.name: s for s in servers}
-    times = tuple(_time(config, role, by_name.get(role.place), hardware) for role in roles)
+    times = tuple(
+        _time(config, role, [by_name[n] for n in role.servers if n in by_name], hardware)
+        for role in roles
+    )
     known = [(t.seconds, t) for t in times if t.seconds is not None]
     seconds, slowest = max(known, key=lambda pair: pair[0])
     total = sum(value for value, _ in known)
@@ -65,35 +68,36 @@ def bottleneck(config: Config, roles: Sequence[Role], servers: Sequence[ServerPl
     return Bottleneck(times, hardware, expected, tuple(reasons))
 
 
-def _time(config: Config, role: Role, server: ServerPlan | None, h: Hardware) -> RoleTime:
-    """Seconds of one role, on the devices of `server`, or else on the trainer's ranks."""
-    devices = len(server.gpus) if server else config.parallel.world_size
+def _time(config: Config, role: Role, servers: Sequence[ServerPlan], h: Hardware) -> RoleTime:
+    """Seconds of one role, on the devices of `servers`, or else on the trainer's ranks."""
+    trains = role.place == TRAINER
+    devices = config.parallel.world_size if trains else sum(len(s.gpus) for s in servers)
     if role.flops is None or not devices:
         return RoleTime(role.name, role.place, devices, None, "model or devices unknown")
-    if role.place == TRAINER:
+    if trains:
         peak = h.fp8_flops if config.platform.fp8 else h.bf16_flops
         seconds = role.flops / (devices * peak * h.train_utilisation)
         return RoleTime(role.name, role.place, devices, seconds, "arithmetic")
-    assert server is not None and server.shape is not None
     arithmetic = role.flops / (devices * h.bf16_flops * h.serve_utilisation)
-    memory = decode_bytes(role, server, config) / (
+    memory = decode_bytes(role, servers, config) / (
         devices * h.memory_bandwidth * h.bandwidth_utilisation
     )
     bound = "arithmetic" if arithmetic >= memory else "memory"
     return RoleTime(role.name, role.place, devices, max(arithmetic, memory), bound)
 
 
-def decode_bytes(role: Role, server: ServerPlan, config: Config) -> float:
+def decode_bytes(role: Role, servers: Sequence[ServerPlan], config: Config) -> float:
     """Bytes that decoding reads: all weights once for each step of a full batch, and the KV cache.
 
+    Servers that share a role share its requests, and each reads the weights for its own batches.
     A token that is made reads keys and values of its whole context, two bytes each in bf16.
     """
-    settings, shape = config.servers[server.name], server.shape
+    settings, shape = config.servers[servers[0].name], servers[0].shape
     assert isinstance(settings, StartServer) and shape is not None
     if not role.requests or role.new_tokens <= role.requests:
         return 0.0
     size = BF16 if settings.dtype == "bfloat16" else FP32
-    batches = max(1.0, role.requests / settings.max_num_seqs)
+    batches = max(float(len(servers)), role.requests / settings.max_num_seqs)
     weights = batches * role.new_tokens / role.requests * shape.parameters * size
     context = role.prompt_tokens / role.requests + role.new_tokens / role.requests / 2
     token = 2 * shape.num_layers * shape.key_value_size * size

@@ -168,6 +168,8 @@ def _server(run: RunData, service: str) -> str:
         name = next((n for n in names if n), None)
     else:
         name = section(run.settings, service, "server")
+    if isinstance(name, list):
+        return f"{', '.join(map(str, name))} servers"
     return f"{name} server" if isinstance(name, str) else f"server of {service}"
 
 

@@ -103,8 +103,9 @@ class MegatronWeightSource:
                 parts, tensor.contiguous(), group=parallel_state.get_tensor_model_parallel_group()
             )
         slices = [entry.split(part, self._model) for part in parts]
-        whole = [torch.cat(of, entry.dim) if len(of) > 1 else of[0]
-                 for of in zip(*slices, strict=True)]  # fmt: skip
+        whole = slices[0]
+        if entry.dim is not None and size > 1:
+            whole = [torch.cat(of, entry.dim) for of in zip(*slices, strict=True)]
         if entry.padded:
             whole = [tensor[: shape[0]] for tensor, shape in zip(whole, entry.shapes, strict=True)]
         return whole

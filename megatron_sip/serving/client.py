@@ -17,6 +17,7 @@ import aiohttp
 import tenacity
 
 from megatron_sip.errors import RunFailed
+from megatron_sip.supervision.heartbeat import HEART
 
 MAX_REPLY_BYTES = 64 * 2**20
 REASON_CHARACTERS = 300
@@ -107,7 +108,7 @@ class HttpClient:
             self.num_retries += 1
 
         attempts = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(_Retryable),
+            retry=tenacity.retry_if_exception(self._may_heal),
             wait=_wait,
             stop=tenacity.stop_before_delay(deadline_s),
             before_sleep=note,
@@ -115,11 +116,17 @@ class HttpClient:
         )
         async with self._slots:
             try:
-                async with asyncio.timeout(deadline_s):
-                    return await attempts(self._once, method, path, json)
+                with HEART.waiting_for(self.endpoint.name):
+                    async with asyncio.timeout(deadline_s):
+                        return await attempts(self._once, method, path, json)
             except TimeoutError:
                 reason = f"{path}: deadline of {deadline_s:g} s passed; before that: {last}"
                 raise RequestFailed(self.endpoint.name, status=0, reason=reason) from None
+
+    def _may_heal(self, error: BaseException) -> bool:
+        """Whether to try again; each attempt that came to an end is a beat."""
+        HEART.beat()
+        return isinstance(error, _Retryable) and not HEART.is_gone(self.endpoint.name)
 
     async def _once(self, method: str, path: str, json: Any) -> dict[str, Any]:
         assert self._session is not None, "HttpClient is used outside `async with`"

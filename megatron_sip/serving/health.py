@@ -87,10 +87,10 @@ def probe(url: str, *, model: str, api_key: str) -> str:
     Raises: WrongServer if it refuses the key or does not list `model`.
     """
     try:
-        status, _ = _get(url, "/health", api_key)
+        status, _ = get(url, "/health", api_key)
         if status not in (200, 404):
             return f"GET /health: status {status}"
-        status, body = _get(url, "/v1/models", api_key)
+        status, body = get(url, "/v1/models", api_key)
     except (OSError, http.client.HTTPException) as error:
         return f"{type(error).__name__}: {error}"
     if status in (401, 403):
@@ -114,7 +114,8 @@ def probe_named(name: str, *, url: str, model: str, api_key: str) -> str:
         raise ServerFailed(name, reason=str(error)) from None
 
 
-def _get(url: str, path: str, api_key: str) -> tuple[int, bytes]:
+def get(url: str, path: str, api_key: str) -> tuple[int, bytes]:
+    """Status and body of one short request. Raises: OSError, HTTPException."""
     parts = urlsplit(url)
     secure = parts.scheme == "https"
     kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection

@@ -36,6 +36,7 @@ class ServerProcess:
         port: what `reserve_port` returned for the port in argv; closed when the server is up.
         log_path: file that stdout and stderr are appended to.
         watchdog: ends the server when this process is gone.
+        api_key: bearer token; "" makes one.
     """
 
     def __init__(
@@ -47,16 +48,17 @@ class ServerProcess:
         port: socket.socket,
         log_path: Path,
         watchdog: Watchdog,
+        api_key: str = "",
     ) -> None:
         self.name, self.argv, self.log_path = name, argv, log_path
         self.url = f"http://127.0.0.1:{port.getsockname()[1]}"
-        self.api_key = secrets.token_urlsafe(32)
+        self.api_key = api_key or secrets.token_urlsafe(32)
         short = len(tempfile.gettempdir()) <= SOCKET_DIR_CHARACTERS
         folder = tempfile.mkdtemp(prefix=sessions.TEMP_PREFIX, dir=None if short else "/tmp")
         self.temp_dir = Path(folder)
         self._port, self._watchdog = port, watchdog
         self._helpers: list[sessions.Process] = []
-        watchdog.add_dir(self.temp_dir)
+        watchdog.add_dir(self.temp_dir, of_server=True)
         environment = inherited_environment(os.environ) | dict(env)
         environment |= {"TMPDIR": str(self.temp_dir), "VLLM_RPC_BASE_PATH": str(self.temp_dir)}
         environment |= {"VLLM_API_KEY": self.api_key, sessions.TOKEN_VARIABLE: watchdog.token}
@@ -76,6 +78,11 @@ class ServerProcess:
     def pid(self) -> int:
         """Process id of the leader, which is also the id of its group and session."""
         return self._process.pid
+
+    @property
+    def helpers(self) -> list[sessions.Process]:
+        """Processes beside the leader that must live as long as it does."""
+        return list(self._helpers)
 
     def members(self) -> list[int]:
         """Process ids of all living processes of this server."""

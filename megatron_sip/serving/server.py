@@ -78,6 +78,8 @@ def server_command(
         argv += ["--enable-scale-out", "--skip-tokenizer-init", "--weight-transfer-config", config]
         argv += ["--load-format", "dummy"]  # the first weight exchange brings the weights
         env |= {"VLLM_PLUGINS": PLUGIN, "VLLM_SERVER_DEV_MODE": "1"}
+    else:
+        argv += ["--load-format", "safetensors"]  # never a pickle
     platform_argv, platform_env = (_cpu if platform_kind == "cpu" else _cuda)(settings, name)
     return argv + platform_argv, env | platform_env
 

@@ -12,7 +12,7 @@ import numpy as np
 import plain_llama
 import torch
 
-from megatron_sip.config import Model
+from megatron_sip.config_model import Experts, Model, RopeScaling
 from megatron_sip.config_objective import (
     DpoObjective,
     DpoRewriteObjective,
@@ -58,10 +58,13 @@ class Case:
     none_live: bool = False
     engine_reference: bool = False
     recompute: bool = False
+    changed: tuple[tuple[str, Any], ...] = ()  # of the model
 
     @property
     def model(self) -> Model:
-        changed = {"recompute_granularity": "full"} if self.recompute else {}
+        changed = dict(self.changed)
+        if self.recompute:
+            changed["recompute_granularity"] = "full"
         return tiny_model(tied=self.tied).model_copy(update=changed)
 
 
@@ -105,6 +108,32 @@ CASES = {case.name: case for case in _cases()} | {
     )
     for case in _cases()
 }
+
+
+def _families() -> list[Case]:
+    """What families add to the model, with a vocabulary that is half padding on the last rank."""
+    dpo = DpoObjective(
+        name="dpo", beta=0.3, suffix_weight=0.5, prefix_weight=0.25, row_layout="shared_prefix"
+    )
+    scaling = RopeScaling(factor=8.0, original_max_position_embeddings=16)
+    four = Experts(num_experts=4, experts_per_token=2)
+    models: dict[str, dict[str, Any]] = {
+        "llama3": {"rope_scaling": scaling, "kv_channels": 10},
+        "qwen2": {"family": "qwen2"},
+        "qwen3": {"family": "qwen3", "kv_channels": 12},
+        "mixtral": {"family": "mixtral", "experts": four},
+        "qwen3_moe": {
+            "family": "qwen3_moe", "experts": four.model_copy(update={"normalize": False})
+        },
+    }  # fmt: skip
+    padded = ("make_vocab_size_divisible_by", 96)
+    return [
+        Case(name, dpo, name in ("qwen2", "qwen3_moe"), 2, True, changed=(*m.items(), padded))
+        for name, m in models.items()
+    ]
+
+
+FAMILIES = {case.name: case for case in _families()}
 
 
 def pools_of(case: Case) -> tuple[list[CandidatePool], list[PoolRewards]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -134,7 +135,7 @@ def micro_batches(ctx: Context, config: Config, vocab_size: int) -> list[TrainRo
         order.append(list(range(count)))
     picks = OBJECTIVES[config.objective.name][0](pools, rewards, config.objective, order)
     length = row_length(data.prefix_tokens, data.suffix_tokens, 1)
-    return make_micro_batches(
+    batches = make_micro_batches(
         pools,
         picks,
         micro_batch_size=data.micro_batch_size,
@@ -143,3 +144,5 @@ def micro_batches(ctx: Context, config: Config, vocab_size: int) -> list[TrainRo
         pad=0,
         layout=config.objective.row_layout,
     )
+    device = ctx.platform.device
+    return [replace(b, **{n: t.to(device) for n, t in vars(b).items()}) for b in batches]

@@ -111,6 +111,7 @@ def steps(
         except StepStopped as error:
             stopped = str(error)
             break
+        train.settle(run, wait=False)
         if run.state.step in (4, config.run.steps):
             train.save(run)
         whole = {k: v for k, v in metrics.items() if not k.startswith(("time/", "memory/"))}
@@ -118,6 +119,7 @@ def steps(
             "state": run.state, "metrics": whole, "weights": held(run.learner.policy.module),
             "reference": run.reference if isinstance(run.reference, str) else held(run.reference),
         }  # fmt: skip
+    train.settle(run)
     folder = run_dir / "checkpoints"
     kept = sorted(p.name for p in folder.iterdir() if p.is_dir())
     return {"steps": seen, "stopped": stopped, "kept": kept}

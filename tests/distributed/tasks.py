@@ -27,6 +27,7 @@ from megatron_sip.model import (
     frozen_copy,
     global_name,
     initialize_randomly,
+    is_sliced,
     transformer_config,
     wrap_data_parallel,
 )
@@ -55,8 +56,9 @@ def module_with_weights(ctx: Context, model: Model, *, seed: int) -> tuple[Any, 
     module = build_module(config, model, ctx.platform, vocab_size=cases.VOCAB)
     initialize_randomly(module, model, seed=seed)
     for name, parameter in module.named_parameters():
-        if parameter.dim() == 1:
-            wave = torch.arange(parameter.numel()) + len(global_name(name, module)) + seed
+        if parameter.dim() == 1 and not is_sliced(name):
+            wave = torch.arange(parameter.numel(), device=parameter.device)
+            wave = wave + len(global_name(name, module)) + seed
             layer = sum(map(ord, global_name(name, module)))
             parameter.data.add_(0.3 * torch.sin(wave * (1.0 + layer % 7)))
     return config, module
@@ -76,7 +78,7 @@ def source_of(ctx: Context, policy: Any, model: Model) -> MegatronWeightSource:
 
 
 def export(ctx: Context, policy: Any, model: Model) -> Tensors:
-    return {n: t.detach().numpy().copy() for n, t in source_of(ctx, policy, model)}
+    return {n: t.detach().float().cpu().numpy().copy() for n, t in source_of(ctx, policy, model)}
 
 
 def bare(module: Any) -> Any:
@@ -179,7 +181,7 @@ def step_once(ctx: Context, case: cases.Case) -> dict[str, Any]:
 
 
 def step_all(ctx: Context, names: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    return {name: step_once(ctx, cases.CASES[name]) for name in names}
+    return {name: step_once(ctx, (cases.CASES | cases.FAMILIES)[name]) for name in names}
 
 
 def first_weights(ctx: Context, tied: bool, seed: int) -> dict[str, Any]:
@@ -242,16 +244,16 @@ def train_and_save(ctx: Context, run_dir: Path, tied: bool) -> dict[str, Any]:
     learner.learn(
         shared_batches(ctx, case), case.objective, reference=None, version=0, fresh_reference=False
     )
-    folder = checkpoint.save(
+    pending = checkpoint.save(
         run_dir,
         policy=learner.policy,
         optimizer=learner.optimizer,
         scheduler=learner.scheduler,
         state=TrainState(7, 56, 7, {"stage": 1.0}, {"tokenizer": IDENTITY_TOKENIZER}),
         identity=identity_of(case.model),
-        ranks=ctx.ranks,
     )
-    return {"folder": folder, "weights": export(ctx, learner.policy, case.model)}
+    pending.finish()
+    return {"folder": pending.folder, "weights": export(ctx, learner.policy, case.model)}
 
 
 def load(ctx: Context, path: Path, tied: bool, changed: dict[str, Any]) -> dict[str, Any]:

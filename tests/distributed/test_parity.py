@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import cases
@@ -39,15 +38,20 @@ def _selection(request: pytest.FixtureRequest) -> None:
         _selected[:] = cases.CASES
 
 
-@functools.cache
-def plain(name: str) -> tuple[float, dict[str, torch.Tensor]]:
+_plain: dict[str, tuple[float, dict[str, torch.Tensor]]] = {}
+
+
+def plain(one: dict[str, Any], case: cases.Case) -> tuple[float, dict[str, torch.Tensor]]:
     """Loss and gradients of the plain model on the weights of the unsplit run."""
-    found = _results[LAYOUTS[0]][name]
-    policy = {n: torch.from_numpy(w).double().requires_grad_() for n, w in found["policy"].items()}
-    reference = {n: torch.from_numpy(w).double() for n, w in found["reference"].items()}
-    loss = cases.plain_loss(cases.CASES[name], policy, reference)
-    loss.backward()
-    return loss.item(), {n: w.grad for n, w in policy.items() if w.grad is not None}
+    if case.name not in _plain:
+        policy = {n: torch.from_numpy(w).double().requires_grad_()
+                  for n, w in one["policy"].items()}  # fmt: skip
+        reference = {n: torch.from_numpy(w).double() for n, w in one["reference"].items()}
+        loss = cases.plain_loss(case, policy, reference)
+        loss.backward()
+        gradients = {n: w.grad for n, w in policy.items() if w.grad is not None}
+        _plain[case.name] = loss.item(), gradients
+    return _plain[case.name]
 
 
 @pytest.mark.parametrize("name", cases.CASES)
@@ -55,9 +59,15 @@ def plain(name: str) -> tuple[float, dict[str, torch.Tensor]]:
 def test_loss_and_every_gradient_equal_the_plain_float64_model(
     workers: Workers, layout: Layout, name: str, record_property: Any
 ) -> None:
-    result_of(workers, LAYOUTS[0], name)
-    found = result_of(workers, layout, name)
-    loss, gradients = plain(name)
+    one, found = (result_of(workers, x, name) for x in (LAYOUTS[0], layout))
+    assert_like_plain(one, found, cases.CASES[name], record_property)
+
+
+def assert_like_plain(
+    one: dict[str, Any], found: dict[str, Any], case: cases.Case, record_property: Any
+) -> None:
+    """Loss, gradients, their norm and the entropy of a step, in a layout and unsplit."""
+    loss, gradients = plain(one, case)
     assert found["metrics"]["loss"] == pytest.approx(loss, rel=1e-5)
     assert set(found["gradients"]) == set(gradients)
     whole = torch.stack([g.norm() for g in gradients.values()]).norm().item()
@@ -67,9 +77,10 @@ def test_loss_and_every_gradient_equal_the_plain_float64_model(
         for n, g in gradients.items()
     }  # fmt: skip
     record_property("worst_gradient_error", max(worst.values()))
-    assert max(worst.values()) <= TOLERANCE, sorted(worst.items(), key=lambda x: -x[1])[:5]
+    tolerance = TOLERANCE * (1 if case.model.experts is None else 3)  # one more softmax a layer
+    assert max(worst.values()) <= tolerance, sorted(worst.items(), key=lambda x: -x[1])[:5]
     assert found["metrics"]["grad_norm"] == pytest.approx(whole, rel=1e-5)
-    entropy = result_of(workers, LAYOUTS[0], name)["metrics"]["objective/entropy"]
+    entropy = one["metrics"]["objective/entropy"]
     assert found["metrics"]["objective/entropy"] == pytest.approx(entropy, rel=1e-5)
     for tensor, gradient in gradients.items():  # embeddings of tokens that no row holds, and so on
         assert not found["gradients"][tensor][gradient.numpy() == 0].any(), tensor

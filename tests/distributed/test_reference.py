@@ -32,7 +32,7 @@ def resumed(workers: Workers, layout: Layout, folder: Path, changes: Any, *bad: 
 def test_resumed_run_compares_with_the_same_snapshots_bit_for_bit(
     workers: Workers, layout: Layout, tmp_path: Path
 ) -> None:
-    whole = run(workers, layout, tmp_path / "a", SNAPSHOT)
+    whole = run(workers, layout, tmp_path / "a", SNAPSHOT | {"checkpoint": {"asynchronous": True}})
     run(workers, layout, tmp_path / "b", SNAPSHOT | {"run": {"steps": 4}})
     again = resumed(workers, layout, tmp_path / "b", SNAPSHOT)
     for before, after in zip(whole, again, strict=True):

@@ -14,7 +14,8 @@ import tasks
 import torch
 from workers import Layout, Workers
 
-from megatron_sip.convert.huggingface import llama_config, write_folder
+from megatron_sip.convert.families import SpecialIds, describe
+from megatron_sip.convert.tensor_folder import TensorInfo, write_tensors
 
 LAYOUTS = [Layout(tp=2), Layout(pp=2), Layout(dp=2), Layout(tp=2, pp=2)]
 
@@ -73,9 +74,12 @@ def test_export_is_the_llama_of_hugging_face(workers: Workers, tied: bool, tmp_p
         found = next(r for r in ranks if r["logprobs"] is not None)
         np.testing.assert_array_equal(found["copy"], found["logprobs"])
         folder = tmp_path / str(layout)
-        config = llama_config(model, vocab_size=cases.VOCAB, eos_token_id=0, dtype=torch.float32)
+        folder.mkdir()
+        config = describe(model, vocab_size=cases.VOCAB, special=SpecialIds(eos=0), dtype="float32")
+        (folder / "config.json").write_text(json.dumps(config))
         tensors = {n: torch.from_numpy(w) for n, w in ranks[0]["weights"].items()}
-        write_folder(folder, config, tensors.items())
+        infos = [TensorInfo(n, torch.float32, tuple(w.shape)) for n, w in tensors.items()]
+        write_tensors(folder, infos, tensors.items())
         llama, report = LlamaForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, attn_implementation="eager"
         )
@@ -149,7 +153,7 @@ def damage(folder: Path, how: str) -> str:
         (folder / "common.pkl").write_bytes(b"x")
         return "files missing or unknown"
     (folder / "manifest.json").unlink()
-    return "neither a checkpoint of ours"
+    return "without a manifest of ours"
 
 
 @pytest.mark.parametrize(

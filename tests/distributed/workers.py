@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import multiprocessing
-import multiprocessing.util
 import os
 import socket
 import time
@@ -81,8 +80,6 @@ def _serve(rank: int, pipe: Connection) -> None:
                 pipe.send((True, _task(layout, function, args)))
             except Exception:
                 pipe.send((False, traceback.format_exc()))
-            finally:
-                multiprocessing.util._exit_function()  # ends the process that saving has started
             os._exit(0)
         _, status = os.waitpid(child, 0)
         if status:

@@ -39,9 +39,15 @@ def launch(workplace):
     runs: list[TrainerRun] = []
 
     def start(
-        recipe: Path, *arguments: str, num_ranks: int = 2, torchrun: bool = True
-    ) -> TrainerRun:
-        runs.append(TrainerRun(recipe, *arguments, num_ranks=num_ranks, torchrun=torchrun))
+        recipe: Path, *arguments: str, num_ranks: int = 2, torchrun: bool = True,
+        max_restarts: int = 0,
+    ) -> TrainerRun:  # fmt: skip
+        runs.append(
+            TrainerRun(
+                recipe, *arguments, num_ranks=num_ranks, torchrun=torchrun,
+                max_restarts=max_restarts,
+            )
+        )  # fmt: skip
         return runs[-1]
 
     yield start

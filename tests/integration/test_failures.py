@@ -71,7 +71,8 @@ def test_a_server_that_does_not_come_up_shows_the_end_of_its_log(workplace, laun
     tensors = load_file(folder / "model.safetensors")
     name = next(n for n in tensors if n.endswith("down_proj.weight"))
     save_file(tensors | {name: tensors[name][:, :64].contiguous()}, folder / "model.safetensors")
-    run = one_rank(workplace, launch, SIP, "nojudge", servers__judge__model=str(folder))
+    changes = {"servers__judge__model": str(folder), "servers__judge__max_restarts": 0}
+    run = one_rank(workplace, launch, SIP, "nojudge", **changes)
     error = failure(run)
     assert error == 'server "judge": exited with code 1'
     said = run.stderr()

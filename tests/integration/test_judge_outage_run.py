@@ -1,7 +1,7 @@
 """A judge that goes away during a run: it is waited for; the run then stops, and goes on later.
 
 The trainer and the rollout server are real; the judge is a scripted server that the recipe connects
-to, since a server that the trainer starts itself ends the run when it dies.
+to, since a server that the trainer starts itself is started anew when it dies.
 """
 
 from __future__ import annotations

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
+from chaos_run import paid_twice
+from test_kills import engine_core, rank
 from tiny_run import NTP, SIP
 
 from megatron_sip.metrics import metric
@@ -14,13 +16,13 @@ from megatron_sip.metrics import metric
 STEPS, INTERVAL = 40, 4
 
 
-def wait_for(run, ready, *, within_s=240.0):
+def wait_for(run, ready, *, within_s=240.0, every_s=0.02):
     """Until `ready()`; the run must still be going."""
     deadline = time.monotonic() + within_s
     while not ready():
         assert run.process.poll() is None, run.stderr()
         assert time.monotonic() < deadline, "not reached in time"
-        time.sleep(0.02)
+        time.sleep(every_s)
 
 
 def last_checkpoint(run):
@@ -79,19 +81,28 @@ def test_a_run_that_was_ended_and_resumed_equals_one_in_one_go(signum, workplace
 
 @pytest.fixture(scope="module")
 def killed(workplace, launch, pretrained):
-    """A SIP run that was killed with committed pools before its first checkpoint, and resumed."""
+    """A SIP run before its first checkpoint whose rollout engine was killed, then a rank, then
+    torchrun: it came back from the first two by itself, and was resumed."""
     init = {"kind": "megatron", "path": str(pretrained.run_dir)}
     recipe = workplace.recipe(
         SIP, "killed", model__init=init, run__steps=5, checkpoint__interval=4,
         checkpoint__keep_last=1, evaluation__interval=2, evaluation__interval_prefixes=4,
         data__validation=workplace.data()["train"],  # the tiny validation split is one document
     )  # fmt: skip
-    run = launch(recipe)
+    run = launch(recipe, max_restarts=1)
     pools = run.run_dir / "pools"
-    wait_for(run, lambda: (pools / "step_00000002.done").exists())
+    wait_for(run, lambda: (pools / "step_00000000.done").exists(), within_s=400)
+    engine_core(run, "policy").kill()
+    wait_for(run, lambda: (pools / "step_00000001.done").exists(), within_s=400)
+    rank(run, 1).kill()
+    wait_for(run, lambda: (pools / "step_00000002.done").exists(), within_s=400)
+    said = Path(run.out.name).read_text()
+    assert 'server "policy": its helper process ' in said
+    assert "restart 1 of 1: rank 1 (process " in said and "died" in said
+    assert "error: lost rank 1 (process " in run.stderr()
     run.process.kill()
     run.process.wait(30)
-    run.assert_nothing_left(within_s=15)
+    run.assert_nothing_left(within_s=20)
     assert not (run.run_dir / "checkpoints" / "latest").exists()
     asked = sorted(p.name for p in pools.glob("*.done"))
     before = {p.name: p.read_bytes() for p in pools.glob("step_0000000[012].*")}
@@ -108,6 +119,7 @@ def test_committed_pools_are_replayed_and_kept_as_they_are(killed):
     assert len(list((run.run_dir / "pools").glob("*.done"))) == 5
     log = (run.run_dir / "logs" / "trainer.log").read_text()
     assert log.count("evaluating the start policy on test") == 1
+    assert paid_twice(run.run_dir.with_name("killed-cache")) == []
 
 
 def test_it_was_evaluated_on_the_way_where_it_was_live(killed):

@@ -36,8 +36,8 @@ def is_saving(run):
 def end(run, way, moment, *, interval):
     """Wait for the moment, end the run, and see that it stopped whole."""
     wait_for(run, lambda: len(run.metrics()) > interval)
-    if moment == "save":
-        wait_for(run, lambda: is_saving(run))
+    if moment != "step":
+        wait_for(run, lambda: is_saving(run), every_s=0.002)
     WAYS[way](run)
     run.process.wait(120)
     assert run.process.returncode != 0
@@ -53,11 +53,15 @@ def undisturbed(workplace, launch):
     return run
 
 
-@pytest.mark.parametrize("moment", ["step", "save"])
+@pytest.mark.parametrize("moment", ["step", "save", "overlapped save"])
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "kill-server"])
 def test_next_token_pretraining(way, moment, workplace, launch, undisturbed):
-    changes = {"run__steps": NTP_STEPS, "checkpoint__interval": NTP_INTERVAL}
-    recipe = workplace.recipe(NTP, f"ntp-{way}-{moment}", **changes)
+    changes = {
+        "run__steps": NTP_STEPS,
+        "checkpoint__interval": NTP_INTERVAL,
+        "checkpoint__asynchronous": moment == "overlapped save",
+    }
+    recipe = workplace.recipe(NTP, f"ntp-{way}-{moment}".replace(" ", "-"), **changes)
     end(launch(recipe), way, moment, interval=NTP_INTERVAL)
     resumed = launch(recipe, "--resume").wait()
     assert resumed.process.returncode == 0, resumed.stderr()

@@ -106,7 +106,9 @@ class Workplace:
 class TrainerRun:
     """One `pretrain_sip.py` with all its processes; without torchrun it stops where ranks meet."""
 
-    def __init__(self, recipe: Path, *arguments: str, num_ranks: int, torchrun: bool) -> None:
+    def __init__(
+        self, recipe: Path, *arguments: str, num_ranks: int, torchrun: bool, max_restarts: int = 0
+    ) -> None:
         self.mark, self.name = secrets.token_hex(8), recipe.stem
         self.run_dir = recipe.with_suffix("")
         self.temp_dir = Path(tempfile.mkdtemp(prefix="sip-", dir="/tmp"))  # socket paths are short
@@ -114,7 +116,7 @@ class TrainerRun:
         launcher = [sys.executable]
         if torchrun:
             launcher += ["-m", "torch.distributed.run", "--master-port", str(free_port())]
-            launcher += ["--nproc-per-node", str(num_ranks)]
+            launcher += ["--nproc-per-node", str(num_ranks), "--max-restarts", str(max_restarts)]
         env = os.environ | {
             MARK: self.mark,
             "OMP_NUM_THREADS": "1",
@@ -254,7 +256,7 @@ def make_judge(folder: Path, *, labels: tuple[str, ...] = ()) -> Path:
     from tokenizers import Tokenizer
 
     from megatron_sip.config import Model
-    from megatron_sip.convert.huggingface import llama_config
+    from megatron_sip.convert.families import SpecialIds, describe
     from megatron_sip.convert.names import name_table
 
     make_model_folder(folder)
@@ -275,10 +277,8 @@ def make_judge(folder: Path, *, labels: tuple[str, ...] = ()) -> Path:
         for label in labels:
             tensors["lm_head.weight"][tokenizer.token_to_id(label), 0] = 30.0
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    description = llama_config(
-        model, vocab_size=size, eos_token_id=tokenizer.token_to_id("<|im_end|>"),
-        dtype=torch.float32,
-    )  # fmt: skip
+    special = SpecialIds(eos=tokenizer.token_to_id("<|im_end|>"))
+    description = describe(model, vocab_size=size, special=special, dtype="float32")
     (folder / "config.json").write_text(json.dumps(description))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

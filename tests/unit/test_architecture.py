@@ -21,7 +21,7 @@ RESERVED = {
     "vllm": {
         "rollout/shared_memory_worker.py", "rollout/vllm_plugin.py", "rollout/weight_transfer.py",
     },
-    "modelopt": set(),
+    "modelopt": {"convert/fp8.py"},
     "apex": set(),
     "ray": set(),
     "megatron.training": set(),
@@ -36,17 +36,17 @@ RESERVED = {
 # style section 8; a file may import its own layer and those before it
 LAYERS = {
     1: ("types", "errors", "config", "config_base", "config_judge", "config_metrics",
-        "config_objective", "config_rules", "config_rules_objective", "recipe"),
+        "config_model", "config_objective", "config_rules", "config_rules_objective", "recipe"),
     2: (
         "pool", "rows", "curriculum", "loss_head", "objectives.", "metrics", "data.permutation",
         "judge.schedules.", "judge.pair_scores", "judge.scoring", "judge.prompts", "judge.criteria",
         "judge.text_model", "judge.forms", "judge.reasoned", "judge.guards",
         "judge.attacks", "judge.agreement", "trust.canaries", "trust.band", "trust.alarm",
         "rewriting.text", "rewriting.phrases", "rewriting.acceptance",
-        "evaluation.statistics", "convert.names", "rollout.digest",
+        "evaluation.statistics", "convert.names", "convert.families", "rollout.digest",
         "cost", "mismatch", "explain.flops", "explain.hardware", "explain.shapes",
     ),
-    4: ("step", "reference", "resume", "assembly"),
+    4: ("step", "recovery", "reference", "resume", "assembly"),
     5: ("train", "explain."),
 }  # fmt: skip
 EFFECTFUL = 3
@@ -142,7 +142,9 @@ def test_megatron_core_is_imported_in_the_named_files_only() -> None:
     users = {name_of(p) for p in FILES if any(within(n, "megatron.core") for n in imports(p))}
     assert users <= {
         "platform.py", "mcore_patches.py", "parallel.py", "gpt.py", "model.py", "forward.py",
-        "optimizer.py", "checkpoint.py", "rollout/weight_source.py", "benchmark/loss_head.py",
+        "optimizer.py", "checkpoint.py", "checkpoint_reading.py", "checkpoint_writing.py",
+        "rollout/weight_source.py", "convert/checkpoints.py", "benchmark/loss_head.py",
+        "benchmark/checkpoint.py",
         "benchmark/measure.py", "benchmark/dataset_start.py", "benchmark/plain_preprocess.py",
         "benchmark/preprocess.py",
     }  # fmt: skip
@@ -175,8 +177,9 @@ def test_nothing_is_pickled_or_evaluated() -> None:
     forbidden_modules = ("pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib")
     for path in FILES:
         named = {*imports(path), *attributes(path)}
-        assert not [n for n in named for m in forbidden_modules if within(n, m)], path
-        assert not {"torch.load", "torch.save"} & named, path
+        if name_of(path) != "unpickling.py":  # which reads known classes alone
+            assert not [n for n in named for m in forbidden_modules if within(n, m)], path
+            assert not {"torch.load", "torch.save"} & named, path
         called = {
             node.func.id
             for node in ast.walk(tree_of(path))

@@ -79,6 +79,7 @@ TWO_OF_A_NAME = (
     'judge.criteria=[{ form = "likelihood", name = "a", server = "judge" },'
     ' { form = "pointwise", name = "a", server = "judge", prompt = "p" }]'
 )
+SECOND_POLICY = 'servers.second={ kind = "start", model = "policy", max_model_len = 96 }'
 STRANGE_JUDGE = 'judge.criteria=[{ form = "likelihood", name = "a", server = "nobody" }]'
 
 
@@ -134,7 +135,7 @@ def test_there_are_recipes_but_not_too_many() -> None:
         ("servers.policy.max_model_length=5", 'did you mean "max_model_len"?'),
         ("curriculum.source=[]", 'did you mean "sources"?'),
         ("platform.fp8={ formt = 1 }", 'did you mean "format"?'),
-        ("checkpoint.zzz=1", "keys there: interval"),
+        ("checkpoint.zzz=1", "keys there: asynchronous, interval"),
         (
             'judge.criteria=[{ form = "likelihood", name = "a", server = "judge", wieght = 1.0 }]',
             'did you mean "weight"?',
@@ -204,6 +205,23 @@ def test_missing_key_is_named_and_all_errors_come_at_once(sip: Path) -> None:
         (["platform.fp8={}"], 'need platform.kind = "cuda"'),
         (["parallel.sequence_parallel=true"], 'need platform.kind = "cuda"'),
         (["rollout.server=nobody"], 'rollout.server names server "nobody", but recipe has'),
+        (['rollout.server=["policy", "nobody"]'], 'rollout.server[1] names server "nobody"'),
+        (['rollout.server=["policy", "policy"]'], "rollout.server names a server twice"),
+        (["rollout.server=[]"], "rollout.server names no server"),
+        (["rollout.sync_timeout_s=1800"], "rollout.sync_timeout_s 1800 must be below 1800"),
+        ([SECOND_POLICY], 'what it names, and no other, serves "policy"'),
+        (
+            [SECOND_POLICY, 'rollout.server=["policy", "second"]', "servers.second.dtype=bfloat16"],
+            "rollout.server: dtypes of ['policy', 'second'] differ",
+        ),
+        (
+            [
+                SECOND_POLICY,
+                'rollout.server=["policy", "second"]',
+                "servers.second.max_model_len=8",
+            ],
+            "servers.second.max_model_len 8 must be at least",
+        ),
         (["evaluation.server="], "evaluation.server names server"),
         ([STRANGE_JUDGE], 'judge.criteria[0].server names server "nobody"'),
         (['curriculum.sources=["rewrite", "rollout"]'], "needs a [rewriter] section"),

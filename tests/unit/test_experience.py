@@ -77,7 +77,8 @@ def experience(judge: Judge) -> LiveExperience:
         reader=SampleReader([sample(i) for i in range(4)], batch=4, steps=0),
         tokenizer=SimpleNamespace(continuation_text=lambda *_: ("p", "s")),  # pyright: ignore
         engine=SimpleNamespace(  # pyright: ignore[reportArgumentType]
-            generate=lambda samples, k, **_: [[candidate((i,)) for i in range(k)] for _ in samples]
+            generate=lambda samples, k, **_: [[candidate((i,)) for i in range(k)] for _ in samples],
+            seconds={},
         ),
         judge=judge,  # pyright: ignore[reportArgumentType]
         rewriter=SimpleNamespace(  # pyright: ignore[reportArgumentType]

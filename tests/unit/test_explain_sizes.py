@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_sip.config import Config, Model, Parallel
-from megatron_sip.convert.huggingface import llama_config
+from megatron_sip.convert.families import SpecialIds, describe
 from megatron_sip.explain.files import checkpoint_bytes, checkpoints_kept, pool_bytes, run_files
 from megatron_sip.explain.memory import activation_bytes, exchange_bytes, rank_memory
 from megatron_sip.explain.numbers import bytes_text, count_text, flops_text
@@ -107,7 +106,7 @@ def test_policy_counts_the_same_by_part_by_shape_and_as_its_export(
     shape = policy_shape(model, vocab_size=10)
     whole = count_parameters(model, Parallel(world_size=1), vocab_size=10)
     assert sum(whole.total.values()) == shape.parameters == 1352 - 80 * tied
-    export = llama_config(model, vocab_size=10, eos_token_id=2, dtype=torch.float32)
+    export = describe(model, vocab_size=10, special=SpecialIds(eos=2), dtype="float32")
     assert folder_shape(folder(tmp_path, export)) == shape
 
 

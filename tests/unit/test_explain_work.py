@@ -18,6 +18,7 @@ from megatron_sip.config_objective import (
     SftRewriteObjective,
     SimpoObjective,
 )
+from megatron_sip.cost import devices_of
 from megatron_sip.experience import no_rewards
 from megatron_sip.explain.flops import Prompts, forward_flops, serving_flops, training_flops
 from megatron_sip.explain.plan import describe_platform, too_long
@@ -254,12 +255,30 @@ def test_seconds_follow_from_the_assumed_hardware() -> None:
     assert seconds["train"] == pytest.approx(8e15 / (4 * 989e12 * 0.4))
     # two batches of 512 read 1352 weights for each of 3 tokens; keys and values of 6.5 tokens
     read = 2 * 3 * 1352 * 2 + 1024 * 3 * 6.5 * (2 * 2 * 4 * 2)
-    assert decode_bytes(rollout, servers[0], config) == read
+    assert decode_bytes(rollout, servers[:1], config) == read
     assert seconds["rollout"] == pytest.approx(
         read / (4 * h.memory_bandwidth * h.bandwidth_utilisation)
     )
     assert seconds["judge: quality"] is None
     assert found.expected.startswith("judge: quality, unless") and found.expected.endswith("train")
+
+
+def test_servers_that_share_a_role_share_its_time() -> None:
+    second = (
+        'servers.second={ kind = "start", model = "policy", max_model_len = 2048, gpus = [8, 9] }'
+    )
+    bf16 = 'servers.second.dtype="bfloat16"'
+    config = recipe("continual_quality", second, bf16, 'rollout.server=["policy", "second"]')
+    plans = {plan.name: plan for plan in server_plans(config, SMALL)}
+    assert plans["second"].role == "policy" and "rollout" in plans["second"].users
+    assert "--load-format" in plans["second"].command
+    rollout = Role("rollout", "policy, second", 1024, 1024 * 5, 1024 * 3, 1e18, 1.0)
+    assert rollout.servers == ("policy", "second")
+    (time,) = bottleneck(config, (rollout,), tuple(plans.values())).times
+    h, devices = Hardware(), len(plans["policy"].gpus) + 2
+    assert time.devices == devices
+    assert time.seconds == pytest.approx(1e18 / (devices * h.bf16_flops * h.serve_utilisation))
+    assert devices_of(config, servers=True).by_role["rollout"] == devices
 
 
 def test_no_seconds_are_claimed_on_a_cpu() -> None:

@@ -300,6 +300,19 @@ def test_a_merge_keeps_all_rows_and_the_files_in_use(tmp_path):
     assert len(rows_of(only_file(tmp_path))) == 7
 
 
+def test_a_merge_may_leave_out_what_was_stored_first(tmp_path):
+    cache = Cache(tmp_path)
+    for number in range(20):
+        cache.put(f"{number:064d}", "x" * 998)  # 1000 bytes of JSON
+    cache.close()
+    assert merge(tmp_path, max_bytes=7 * 1064 + 10).rows == 7
+    left = Cache(tmp_path)
+    assert [n for n in range(20) if left.get(f"{n:064d}") is not None] == list(range(13, 20))
+    left.close()
+    assert only_file(tmp_path).stat().st_size < 28_000  # of 42,000
+    assert merge(tmp_path, max_bytes=0).rows == 0
+
+
 def test_a_merge_leaves_other_hosts_unless_told_and_sets_damaged_files_aside(tmp_path):
     version_1(tmp_path / "elsewhere-12-00112233.sqlite", [("a", "1")])
     version_1(tmp_path / "b.sqlite", [("b", "2")])

@@ -149,6 +149,35 @@ def test_label_outside_the_vocabulary_is_nan_and_the_others_stay() -> None:
     assert torch.equal(found[wrong == labels], expected[wrong == labels])
 
 
+@pytest.mark.usefixtures("blocks")
+@pytest.mark.parametrize("head", [label_logprobs, label_logprobs_and_entropy])
+def test_padding_of_the_vocabulary_changes_no_bit_and_gets_no_gradient(head: Any) -> None:
+    hidden, weight, labels = inputs(torch.float32)
+    expected = ours(hidden, weight, labels)
+    large = torch.full((3, HIDDEN), 50.0)  # would be the likeliest tokens of all
+    padded = torch.cat([weight.detach(), large]).requires_grad_()
+    hidden.grad = None
+    found = head(hidden, padded, labels, group=None, vocab_size=VOCABULARY)
+    if isinstance(found, tuple):
+        entropy = label_logprobs_and_entropy(hidden, weight, labels, group=None)[1]
+        assert torch.equal(found[1], entropy)
+        found = found[0]
+    found.backward(upstream(found.dtype))
+    assert hidden.grad is not None and padded.grad is not None
+    assert torch.equal(found, expected[0]) and torch.equal(hidden.grad, expected[1])
+    assert torch.equal(padded.grad[:VOCABULARY], expected[2]) and not padded.grad[VOCABULARY:].any()
+    outside = head(hidden, padded, labels + VOCABULARY, group=None, vocab_size=VOCABULARY)
+    assert (outside[0] if isinstance(outside, tuple) else outside).isnan().all()
+
+
+def test_rank_that_holds_nothing_but_padding_has_no_part_in_the_sums() -> None:
+    hidden, weight, labels = inputs(torch.float32)
+    found = label_logprobs(hidden, weight, labels, group=None, vocab_size=0)
+    assert found.isnan().all()
+    found.sum().backward()
+    assert weight.grad is not None and not weight.grad.any()
+
+
 class Sizes(TorchDispatchMode):
     """Elements of the largest storage behind what any operation returned."""
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -329,3 +330,10 @@ def test_report_needs_no_torch(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     assert (tmp_path / "r.html").stat().st_size > 10_000
+
+
+def test_a_phase_names_all_servers_that_share_it():
+    run = SimpleNamespace(settings={"rollout": {"server": ["a", "b"]}})
+    assert times._workers(run, "rollout") == ["a, b servers"]  # pyright: ignore
+    run.settings["rollout"]["server"] = "a"
+    assert times._workers(run, "sync") == ["trainer", "a server"]  # pyright: ignore

@@ -224,7 +224,7 @@ def test_fleet_starts_checks_restarts_and_ends_its_servers(tmp_path, monkeypatch
 
     monkeypatch.setattr(fleet_module, "server_command", fake_command)
     settings = StartServer(kind="start", model=Path("m"), max_model_len=64, startup_timeout_s=10.0)
-    options = {"log_dir": tmp_path, "platform_kind": "cpu", "policy": "policy"}
+    options = {"log_dir": tmp_path, "platform_kind": "cpu", "policy": ("policy",)}
     options["weight_transfer"] = "shared_memory"
     dirs = {"policy": tmp_path, "judge": tmp_path}
     with Fleet({"policy": settings, "judge": settings}, model_dirs=dirs, **options) as fleet:

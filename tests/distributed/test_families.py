@@ -1,0 +1,38 @@
+"""Every family with a padded vocabulary trains as a float64 one-process model does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cases
+import pytest
+import tasks
+from test_parity import assert_like_plain
+from workers import Layout, Workers
+
+ONE = Layout()
+MORE = [ONE, Layout(tp=2), Layout(pp=2), Layout(dp=2), Layout(tp=2, dp=2)]
+LAYOUTS = [
+    Layout(tp=2, pp=2),
+    Layout(pp=2, dp=2),
+    *(pytest.param(x, marks=pytest.mark.full) for x in MORE),
+]
+_results: dict[Layout, dict[str, dict[str, Any]]] = {}
+
+
+def results_of(workers: Workers, layout: Layout) -> dict[str, dict[str, Any]]:
+    """Rank 0's results; Megatron-Core trains experts under TP with sequence parallel alone."""
+    names = tuple(n for n, c in cases.FAMILIES.items() if layout.tp == 1 or not c.model.experts)
+    if layout not in _results:
+        _results[layout] = workers.run(layout, tasks.step_all, names)[0]
+    return _results[layout]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_loss_and_every_gradient_of_each_family_equal_the_plain_float64_model(
+    workers: Workers, layout: Layout, record_property: Any
+) -> None:
+    one, found = results_of(workers, ONE), results_of(workers, layout)
+    for name, result in found.items():
+        assert result["tied_agree"], name
+        assert_like_plain(one[name], result, cases.FAMILIES[name], record_property)
