@@ -134,6 +134,11 @@ def model_rules(m: Model) -> Iterator[tuple[bool, str]]:
         f"model.num_attention_heads {m.num_attention_heads} must be a multiple of "
         f"model.num_query_groups {m.num_query_groups}",
     )
+    yield (
+        m.family != "qwen2" or m.head_dim * m.num_attention_heads == m.hidden_size,
+        f'model.kv_channels is {m.kv_channels}, but model.family "qwen2" has heads of '
+        "model.hidden_size / model.num_attention_heads, and vLLM knows no others; leave it out",
+    )
     wanted = m.family in EXPERT_FAMILIES
     yield (
         wanted == (m.experts is not None),

@@ -145,8 +145,8 @@ def megatron_to_fp8(
     config = load_config(recipe)
     if config.model.experts is not None:
         raise ValueError(
-            "--fp8: experts are not quantised, nvidia-modelopt leaves them as they are; export "
-            "without --fp8"
+            f"--fp8: model.family is {config.model.family}, and quantised experts were never "
+            "tried; export without --fp8"
         )
     calibration, held_out = (
         samples(config, split, number) for split, number in (("train", 64), ("validation", 32))

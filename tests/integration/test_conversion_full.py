@@ -13,12 +13,18 @@ from typing import Any
 import pytest
 from tiny_run import NTP, run_tool
 
+from megatron_sip.config import StartServer
+from megatron_sip.serving.fleet import Fleet
+
 sys.path.append(str(Path(__file__).parents[1] / "distributed"))
+import conversion_cases
 
 pytestmark = pytest.mark.full
 ROOT = Path(__file__).parents[2]
 SMOLLM2 = ROOT / "data" / "quickstart" / "smollm2-135m-instruct"
 TOOL = "convert_checkpoint.py"
+HEADS = {"num_attention_heads": 6, "head_dim": 32, "intermediate_size": 64}
+SIZES = {n: HEADS | {"hidden_size": 192 if "qwen2" in n else 96} for n in conversion_cases.CASES}
 PEAK = """
 import sys
 from pathlib import Path
@@ -105,47 +111,46 @@ def test_wrong_folder_is_refused_before_anything_starts(workplace, launch, tmp_p
     assert "model.init.path:" in run.stderr() and "config.json cannot be read" in run.stderr()
 
 
-def test_vllm_serves_the_export_of_every_family_with_the_tokens_of_transformers(
-    tmp_path: Path,
-) -> None:
-    import conversion_cases
-    import torch
-
-    from megatron_sip.config import StartServer
-    from megatron_sip.serving.fleet import Fleet
-
-    settings: dict[str, Any] = {
-        "kind": "start", "max_model_len": 64, "num_threads": 1, "max_num_seqs": 4
-    }  # fmt: skip
-    sizes = {"hidden_size": 96, "num_attention_heads": 6, "head_dim": 32, "intermediate_size": 64}
-    prompt = [3, 14, 15, 92, 65, 35, 89, 79]
-    names = list(conversion_cases.CASES)
-    hf, megatron, back = ({n: tmp_path / x / n for n in names} for x in ("hf", "megatron", "back"))
-    for name in names:
-        conversion_cases.write_folder(hf[name], name, **sizes)
-    run_tool(
-        TOOL, "hf-to-megatron", "--hf", str(hf[names[0]]), "--megatron", str(megatron[names[0]])
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Every family's folder, there and back."""
+    root = tmp_path_factory.mktemp("families")
+    hf, megatron, back = ({n: root / x / n for n in conversion_cases.CASES}
+                          for x in ("hf", "megatron", "back"))  # fmt: skip
+    for name, folder in hf.items():
+        conversion_cases.write_folder(folder, name, **SIZES[name])
+    first, *rest = conversion_cases.CASES
+    run_tool(TOOL, "hf-to-megatron", "--hf", str(hf[first]), "--megatron", str(megatron[first]))
+    conversion_cases.convert(
+        "huggingface_to_megatron", hf, {n: megatron[n] for n in rest}, "dtype=None"
     )
-    rest = {n: megatron[n] for n in names[1:]}
-    conversion_cases.convert("huggingface_to_megatron", hf, rest, "dtype=None")
     conversion_cases.convert(
         "megatron_to_huggingface", megatron, back, "dtype=None, tokenizer=None"
     )
-    for name in names:
-        model = conversion_cases.reference(name, **sizes)
-        with torch.no_grad():
-            expected = model.generate(
-                torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=None,
-                pad_token_id=0,
-            )[0, len(prompt) :].tolist()  # fmt: skip
-        logs = tmp_path / "logs" / name
-        logs.mkdir(parents=True)
-        with Fleet(
-            {"s": StartServer(model=back[name], **settings)}, model_dirs={"s": back[name]},
-            log_dir=logs, platform_kind="cpu", policy=(), weight_transfer="",
-        ) as fleet:  # fmt: skip
-            fleet.wait()
-            assert greedy(fleet.endpoints["s"], prompt) == expected, name
+    return back
+
+
+@pytest.mark.parametrize("name", conversion_cases.CASES)
+def test_vllm_serves_the_export_with_the_tokens_of_transformers(
+    exported: dict[str, Path], name: str, tmp_path: Path
+) -> None:
+    import torch
+
+    prompt, folder = [3, 14, 15, 92, 65, 35, 89, 79], exported[name]
+    with torch.no_grad():
+        expected = conversion_cases.reference(name, **SIZES[name]).generate(
+            torch.tensor([prompt]), max_new_tokens=16, do_sample=False, eos_token_id=None,
+            pad_token_id=0,
+        )[0, len(prompt) :].tolist()  # fmt: skip
+    settings = StartServer(
+        kind="start", model=folder, max_model_len=64, num_threads=1, max_num_seqs=4
+    )
+    with Fleet(
+        {"s": settings}, model_dirs={"s": folder}, log_dir=tmp_path, platform_kind="cpu",
+        policy=(), weight_transfer="",
+    ) as fleet:  # fmt: skip
+        fleet.wait()
+        assert greedy(fleet.endpoints["s"], prompt) == expected
 
 
 def greedy(endpoint: Any, prompt: list[int]) -> list[int]:

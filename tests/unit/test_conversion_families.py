@@ -156,6 +156,7 @@ def test_recipe_may_choose_what_does_not_change_the_weights() -> None:
         ({"family": "mixtral"}, 'model.family "mixtral" needs [model.experts]'),
         ({"experts": EXPERTS}, 'model.family "llama" has no [model.experts]'),
         ({"kv_channels": 7}, "model.kv_channels = 7: the rotary embedding needs heads of an even"),
+        ({"family": "qwen2", "kv_channels": 10}, 'kv_channels is 10, but model.family "qwen2"'),
         ({"rope_scaling": RopeScaling(factor=8, high_freq_factor=1)}, "low_freq_factor 1 must"),
         ({"family": "mixtral", "experts": Experts(num_experts=1, experts_per_token=2)},
          "experts_per_token 2 must not exceed"),
