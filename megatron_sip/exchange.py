@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,7 +150,7 @@ class WeightExchange:
             by_server = self.engine.prompt_logprobs(tokens)
         except (BadReply, RequestFailed) as error:
             reason = f"the probe after a weight exchange got no answer: {error}"
-            raise self._refused(reason, error.server) from error
+            raise self._refused(reason, error.server, broken={error.server}) from error
         for server, logprobs in by_server.items():
             gap = np.abs(logprobs - trainer)
             if not gap.mean() <= self.limit:
@@ -160,11 +160,13 @@ class WeightExchange:
                     f"{gap.max():.3g}); rollout.max_logprob_mismatch is {self.limit:.3g}; "
                     "compare dtype and attention backend of both, or raise the limit"
                 )
-                raise self._refused(reason, server)
+                raise self._refused(reason, server, broken=())  # a restart would change nothing
 
-    def _refused(self, reason: str, server: str) -> WeightExchangeFailed:
+    def _refused(
+        self, reason: str, server: str, *, broken: Collection[str]
+    ) -> WeightExchangeFailed:
         assert self.control is not None
-        return self.control.fail(reason, server=server, phase="verify", broken={server})
+        return self.control.fail(reason, server=server, phase="verify", broken=broken)
 
     def close(self) -> None:
         self.sender.close()

@@ -95,7 +95,7 @@ def _settled(run: Run, failure: str, broken: Collection[str]) -> tuple[str, Any,
         return failure, None, {}
     try:
         with run.timer("recover"):
-            died = run.servers.settle(broken=broken)
+            died = run.servers.settle(broken=broken, reason=failure)
     except ServerFailed as error:
         return str(error), None, {}
     if not died:

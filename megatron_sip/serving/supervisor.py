@@ -92,17 +92,18 @@ class Supervisor:
     def states(self) -> dict[str, State]:
         return {name: server.state for name, server in self._servers.items()}
 
-    def settle(self, *, broken: Collection[str] = ()) -> bool:
+    def settle(self, *, broken: Collection[str] = (), reason: str = "") -> bool:
         """Wait until every local server is up.
 
-        Args:    broken: living servers that must be started anew all the same.
+        Args:    broken: living servers that must be started anew all the same. reason: why.
         Returns: whether any died (or was broken) since the last call.
         Raises:  ServerFailed if the restarts of one are spent.
         """
         with self._lock:
             for name in self._servers.keys() & set(broken):
                 if self._servers[name].state in ("serving", "stale"):
-                    self._died(name, ServerFailed(name, reason="its weight exchange failed"))
+                    said = f"its weight exchange failed: {reason}"
+                    self._died(name, ServerFailed(name, reason=said))
         begun = told = self._clock()
         while True:
             self.look()
