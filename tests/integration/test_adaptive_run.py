@@ -17,8 +17,10 @@ PAIRS = 9  # of the 15 of five rollouts and the suffix
 
 
 def test_the_schedule_s_pairs_alone_are_asked_and_teach(workplace, launch, pretrained):
+    without_rewriter = {key: value for key, value in SIP.items() if key != "rewriter"}
     recipe = workplace.recipe(
-        SIP, "adaptive", model__init={"kind": "megatron", "path": str(pretrained.run_dir)},
+        without_rewriter, "adaptive", objective__pair_sources=["suffix", "rollout"],
+        model__init={"kind": "megatron", "path": str(pretrained.run_dir)},
         rollout__num_rollouts=5, judge__both_orders=0.0,
         curriculum={"kind": "emergent", "sources": ["suffix", "rollout"]},
     )  # fmt: skip

@@ -25,6 +25,8 @@ from megatron_sip.rollout.control import ControlClient, WeightExchangeFailed
 from megatron_sip.rollout.vllm_engine import BadReply, VllmEngine
 from megatron_sip.types import SipSample
 
+pytestmark = pytest.mark.full  # starts vLLM
+
 PREFIX = 160  # tokens: five blocks of the CPU's cache
 TEXT = "We the people of the union, in order to form a more perfect union, do ordain.\n" * 20
 
