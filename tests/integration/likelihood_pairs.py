@@ -118,9 +118,7 @@ def pairwise_overrides(
         with scripted_server(judge.answer, model=NAME) as url:
             connect = {"kind": "connect", "tokenizer": str(folder)}
             by_pairs = {"form": "pairwise", "name": "quality", "server": NAME, "prompt": PROMPT}
-            others = [
-                c.model_dump() for c in config.judge.criteria if c.form not in ("likelihood",)
-            ]
+            others = [c.model_dump() for c in config.judge.criteria if c.form != "likelihood"]
             others = [{k: v for k, v in c.items() if v is not None} for c in others]
             values = {
                 "servers.judge": connect | {

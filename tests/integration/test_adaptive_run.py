@@ -4,8 +4,6 @@ The judge is `likelihood_pairs`: a rule over likelihoods that a vLLM server give
 prompt and the real client. Policy and likelihoods come from vLLM.
 """
 
-import os
-
 import pytest
 from likelihood_pairs import pairwise_overrides
 from tiny_run import SIP
@@ -16,7 +14,7 @@ pytestmark = pytest.mark.full
 PAIRS = 9  # of the 15 of five rollouts and the suffix
 
 
-def test_the_schedule_s_pairs_alone_are_asked_and_teach(workplace, launch, pretrained):
+def test_the_schedule_s_pairs_alone_are_asked_and_teach(workplace, launch, pretrained, monkeypatch):
     without_rewriter = {key: value for key, value in SIP.items() if key != "rewriter"}
     recipe = workplace.recipe(
         without_rewriter, "adaptive", objective__pair_sources=["suffix", "rollout"],
@@ -26,7 +24,8 @@ def test_the_schedule_s_pairs_alone_are_asked_and_teach(workplace, launch, pretr
     )  # fmt: skip
     logs = workplace.folder / "adaptive-logs"
     with pairwise_overrides(recipe, (), budget=0.25, log_dir=logs) as (sets, variables, judge):
-        os.environ |= variables
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
         arguments = [part for value in sets for part in ("--set", value)]
         run = launch(recipe, *arguments).wait()
     assert run.process.returncode == 0, run.stderr()
