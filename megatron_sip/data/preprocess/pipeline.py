@@ -12,8 +12,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import Future
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from megatron_sip.data.preprocess.progress_line import ProgressLine, progress_li
 from megatron_sip.data.preprocess.records import Block, Cursor
 from megatron_sip.data.preprocess.texts import texts_of
 from megatron_sip.data.preprocess.worker import EncodedBlock, Work
+from megatron_sip.data.preprocess.worker_pool import WorkerDiedError, WorkerPool
 from megatron_sip.data.provenance import schema_of
 from megatron_sip.data.splits import Split
 from megatron_sip.data.staged_dataset import StagedDataset
@@ -102,9 +102,7 @@ def preprocess(inputs: Sequence[str], settings: Settings) -> dict[str, Manifest]
 
 
 @contextmanager
-def _pool(
-    settings: Settings, tokenizer: Tokenizer, *, exact: bool
-) -> Iterator[ProcessPoolExecutor]:
+def _pool(settings: Settings, tokenizer: Tokenizer, *, exact: bool) -> Iterator[WorkerPool]:
     """Tokenizing processes, which load their tokenizer at once. Raises: ValueError if one dies."""
     work = Work(
         tokenizer=settings.tokenizer,
@@ -117,18 +115,16 @@ def _pool(
         append_eod=settings.append_eod,
         max_record_bytes=settings.max_record_bytes,
     )
-    pool = ProcessPoolExecutor(settings.workers, processes.context(), worker.start, (work,))
+    pool = WorkerPool(settings.workers, processes.context(), worker.start, work)
     try:
-        for _ in range(settings.workers):
-            pool.submit(worker.why_exact)  # starts a process
         yield pool
-    except BrokenProcessPool:
+    except WorkerDiedError:
         raise ValueError(
             "a tokenizing process died (killed, perhaps for want of memory); nothing was "
             "published; run again with --resume, and fewer --workers if memory was short"
         ) from None
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.close()
 
 
 class _Run:
@@ -142,7 +138,7 @@ class _Run:
         folder: Path,
         identity: dict[str, Any],
         progress: journal.Progress,
-        pool: ProcessPoolExecutor,
+        pool: WorkerPool,
     ) -> None:
         self._files, self._settings, self._tokenizer = files, settings, tokenizer
         self._folder, self._identity, self._progress = folder, identity, progress
@@ -286,7 +282,7 @@ def _identity(
 class _Proof:
     """That the fast backend gives the exact ids for the first texts of some of the files."""
 
-    def __init__(self, pool: ProcessPoolExecutor, tokenizer: Tokenizer) -> None:
+    def __init__(self, pool: WorkerPool, tokenizer: Tokenizer) -> None:
         self._pool, self._tokenizer = pool, tokenizer
         self._reasons: list[Future[str]] = []
         self._checked: list[Future[Checked]] = []

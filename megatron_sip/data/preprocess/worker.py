@@ -10,7 +10,6 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from multiprocessing.util import Finalize
 from pathlib import Path
 
 import numpy as np
@@ -186,13 +185,12 @@ def preload(tokenizer: Path) -> None:
 
 
 def start(work: Work) -> None:
-    """Make this process a worker; it ends when its parent does, and lets go of all at once."""
+    """Make this process a worker; it ends when its parent does."""
     global _WORK
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops the workers
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-    Finalize(None, os._exit, args=(0,), exitpriority=0)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     _WORK = work
 
