@@ -21,11 +21,15 @@ from torch.distributed.checkpoint.api import CheckpointException
 from megatron_sip import checkpoint_files as files
 from megatron_sip.errors import RunFailed
 from megatron_sip.model import Policy
+from megatron_sip.optimizer import in_this_layout
 from megatron_sip.parallel import Ranks, broadcast_object
 from megatron_sip.publish import atomic_write
 from megatron_sip.types import TrainState
 
-SHARDING = {"distrib_optim_sharding_type": "fully_reshardable"}  # any TP, PP, DP on load
+SHARDING = {  # any TP, PP, DP and EP on load
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "chained_optim_avoid_prefix": True,
+}
 
 
 class SaveFailed(RunFailed):
@@ -262,7 +266,7 @@ def load(folder: Path, *, policy: Policy, optimizer: Any, scheduler: Any) -> Non
     }
     state = _load(folder, sharded)
     policy.module.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
+    optimizer.load_state_dict(in_this_layout(state["optimizer"], optimizer))
     scheduler.load_state_dict(state["scheduler"])
 
 

@@ -77,6 +77,9 @@ class Parallel(Section):
     """Ranks that torchrun must start; data parallel is world_size / (TP x PP)."""
     tensor_model_parallel_size: PositiveInt = 1
     pipeline_model_parallel_size: PositiveInt = 1
+    expert_model_parallel_size: PositiveInt = 1
+    """Data-parallel ranks over which a layer's experts are spread; the rest of the layer is whole
+    on each of them."""
     sequence_parallel: bool = False
     """Split norms over TP ranks; cuda only (the CPU layer spec refuses it)."""
 

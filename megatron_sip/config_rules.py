@@ -27,6 +27,7 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
     """(holds, message) for each rule that spans sections."""
     m, p, d = c.model, c.parallel, c.data
     tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
+    ep, num_experts = p.expert_model_parallel_size, m.experts.num_experts if m.experts else 0
     sections = {"servers": c.servers, "rollout": c.rollout, "judge": c.judge}
     rules = [
         *model_rules(m),
@@ -39,6 +40,14 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
         (m.experts is None or tp == 1 or p.sequence_parallel,
          f"parallel.tensor_model_parallel_size {tp} with [model.experts] needs "
          "parallel.sequence_parallel = true, without which Megatron-Core does not train experts"),
+        (ep == 1 or m.experts is not None,
+         f"parallel.expert_model_parallel_size {ep} needs [model.experts]; leave it out"),
+        (num_experts % ep == 0,
+         f"model.experts.num_experts {num_experts} must be a multiple of "
+         f"parallel.expert_model_parallel_size {ep}"),
+        (p.data_parallel_size % ep == 0,
+         f"parallel.expert_model_parallel_size {ep} must divide the data-parallel size "
+         f"{p.data_parallel_size} = world_size / (TP x PP), over whose ranks experts are spread"),
         (m.num_layers % pp == 0,
          f"model.num_layers {m.num_layers} must be a multiple of "
          f"parallel.pipeline_model_parallel_size {pp}"),

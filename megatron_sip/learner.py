@@ -123,10 +123,10 @@ class Learner:
 
     def _prove_deterministic(self, batches: Sequence[TrainRows], micro: MicroLoss) -> None:
         """Compute the gradients once more: the same bits, or StepStopped on every rank."""
-        once = [buffer.grad_data.clone() for buffer in self.policy.ddp.buffers]
+        once = [buffer.grad_data.clone() for buffer in self.policy.grad_buffers]
         self.policy.ddp.zero_grad_buffer()
         forward_backward(self.policy.ddp, batches, micro)
-        pairs = zip(once, self.policy.ddp.buffers, strict=True)
+        pairs = zip(once, self.policy.grad_buffers, strict=True)
         differs = sum(int((a != b.grad_data).sum()) for a, b in pairs)
         if maximum(float(differs), self.platform) > 0:
             raise StepStopped(
@@ -144,7 +144,7 @@ class Learner:
     def _check(self, means: Means, gaps: np.ndarray, *, fresh_reference: bool) -> None:
         """Agree over all ranks that this step may be committed."""
         loss = means.get("loss", (0.0, 1.0))[0]
-        norm = sum(float(buffer.grad_data.norm()) for buffer in self.policy.ddp.buffers)
+        norm = sum(float(buffer.grad_data.norm()) for buffer in self.policy.grad_buffers)
         if math.isinf(maximum(abs(loss) + norm, self.platform)):
             raise NotFinite(
                 f"loss or gradients are not finite (this rank: loss {loss}, gradient norm {norm}); "

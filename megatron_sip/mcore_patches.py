@@ -135,14 +135,21 @@ def _patch_optimizer_load() -> None:
     optimizer.load_state_dict = load_and_part_steps
 
 
-def _patch_router() -> None:
+def _patch_experts() -> None:
     """Reason: the router of experts asks whether `te_general_gemm` is None, a name that exists only
-    where Transformer Engine does.
+    where Transformer Engine does; and the numbers of tokens that ranks exchange become plain ones
+    on their way from the GPU alone, while the exchange takes no others.
     """
     import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
+
+    def to_cpu(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
     patched: Any = moe_utils
     patched.te_general_gemm = None
+    patched = token_dispatcher
+    patched.maybe_move_tensor_to_cpu = to_cpu
 
 
 def guard_unpickling() -> None:
@@ -192,5 +199,5 @@ def install() -> None:
     CudaRequestsToCpu().__enter__()
     _patch_random_states()
     _patch_optimizer_load()
-    _patch_router()
+    _patch_experts()
     _installed = True

@@ -22,6 +22,11 @@ class Policy:
     module: Any  # SipGPTModel of this rank
     ddp: Any  # the same, wrapped for data parallel (and half precision on CUDA)
 
+    @property
+    def grad_buffers(self) -> list[Any]:
+        """Megatron-Core's, of all parameters; experts' are apart under expert parallelism."""
+        return [*self.ddp.buffers, *self.ddp.expert_parallel_buffers]
+
 
 def transformer_config(model: Model, parallel: Parallel, platform: Platform) -> Any:
     """Megatron-Core TransformerConfig: RMSNorm, SwiGLU, grouped-query attention, no dropout."""
@@ -47,6 +52,7 @@ def transformer_config(model: Model, parallel: Parallel, platform: Platform) -> 
         perform_initialization=False,  # `initialize_randomly` does, the same for every layout
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        expert_model_parallel_size=parallel.expert_model_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         calculate_per_token_loss=True,
         mrope_section=[model.head_dim // 2, 0, 0],
@@ -136,10 +142,21 @@ def _kind(name: str) -> str:
 
 
 def global_name(name: str, module: Any) -> str:
-    """Parameter name with the layer's index in the whole model, not in this pipeline stage."""
+    """Parameter name with the numbers that layer and expert have in the whole model, not those in
+    this pipeline stage and this expert-parallel rank."""
     parts = name.split(".")
-    if parts[:2] == ["decoder", "layers"]:
-        parts[2] = str(module.decoder.layers[int(parts[2])].layer_number - 1)
+    if parts[:2] != ["decoder", "layers"]:
+        return name
+    layer = module.decoder.layers[int(parts[2])]
+    parts[2] = str(layer.layer_number - 1)
+    if "experts" in parts:
+        first = layer.mlp.local_expert_indices[0]
+        if "local_experts" in parts:
+            at = parts.index("local_experts") + 1
+            parts[at] = str(first + int(parts[at]))
+        else:  # grouped
+            kind = _kind(parts[-1])
+            parts[-1] = f"{kind}{first + int(parts[-1].removeprefix(kind))}"
     return ".".join(parts)
 
 

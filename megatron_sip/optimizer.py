@@ -54,3 +54,33 @@ def build_scheduler(optimizer: Any, settings: Optimizer, *, steps: int) -> Any:
         wd_incr_steps=steps,
         wd_incr_style="constant",
     )
+
+
+def in_this_layout(loaded: dict[Any, Any], optimizer: Any) -> dict[Any, Any]:
+    """Loaded optimizer state as `optimizer` wants it.
+
+    Where experts are spread, Megatron-Core gives them an optimizer of their own: the states of
+    both then stand under 0 and 1, else there is one, without a number. Tensors came to where this
+    layout has them; settings and step counts stand where the saving layout had them, if that was
+    the other form.
+    """
+    numbers = sorted(key for key in loaded if isinstance(key, int))
+    if len(numbers) in (0, len(loaded)):
+        return loaded
+    numbered = [loaded[key] for key in numbers]
+    unnumbered = {key: value for key, value in loaded.items() if key not in numbers}
+    parts = optimizer.chained_optimizers
+    was, now = ([unnumbered], numbered) if len(parts) > 1 else (numbered, [unnumbered])
+    groups = {_kind(g): g for state in was for g in state["optimizer"]["param_groups"]}
+    for state, part in zip(now, parts, strict=True):
+        state |= {key: was[0][key] for key in was[0].keys() - state.keys()}
+        state["optimizer"] = {"param_groups": [
+            groups[_kind(mine)] | {"is_expert_parallel": mine["is_expert_parallel"]}
+            for mine in part.optimizer.param_groups
+        ]}  # fmt: skip
+    return dict(zip(numbers, now, strict=True)) if len(parts) > 1 else unnumbered
+
+
+def _kind(group: dict[str, Any]) -> tuple[float, float]:
+    """What parameter groups are told apart by, whoever's they are."""
+    return group["wd_mult"], group["lr_mult"]

@@ -38,10 +38,16 @@ class Ranks:
     pp_size: int
     dp_rank: int
     dp_size: int
+    ep_size: int = 1
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def holds_experts(self) -> bool:
+        """One of the first data-parallel replicas, which hold each expert once between them."""
+        return self.dp_rank < self.ep_size
 
     @property
     def is_io(self) -> bool:
@@ -66,6 +72,7 @@ def initialize(settings: Parallel, platform: Platform, *, seed: int) -> Ranks:
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=settings.tensor_model_parallel_size,
         pipeline_model_parallel_size=settings.pipeline_model_parallel_size,
+        expert_model_parallel_size=settings.expert_model_parallel_size,
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
     return Ranks(
@@ -76,6 +83,7 @@ def initialize(settings: Parallel, platform: Platform, *, seed: int) -> Ranks:
         pp_size=parallel_state.get_pipeline_model_parallel_world_size(),
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
+        ep_size=parallel_state.get_expert_model_parallel_world_size(),
     )
 
 

@@ -125,7 +125,7 @@ def update(batches: list[TrainRows], policy: Policy) -> torch.Tensor:
     """Forward and backward; all gradients as one vector."""
     policy.ddp.zero_grad_buffer()
     forward_backward(policy.ddp, batches, weighted_logprobs)
-    return torch.cat([b.grad_data.clone() for b in policy.ddp.buffers])
+    return torch.cat([b.grad_data.clone() for b in policy.grad_buffers])
 
 
 def weighted_logprobs(

@@ -35,6 +35,7 @@ class Entry:
     layer: int | None  # decoder layer (0-based); None: outside the stack
     first_stage: bool  # for layer None: on the first pipeline stage, else on the last
     padded: bool = False  # rows follow that Hugging Face does not have
+    expert: int | None = None  # of the layer (0-based); None: no expert's
 
 
 def _split_qkv(fused: torch.Tensor, model: Model) -> list[torch.Tensor]:
@@ -99,10 +100,13 @@ def _mlp(i: int, m: Model) -> Iterator[Entry]:
     if m.family == "mixtral":
         target, gate, up, down = f"model.layers.{i}.block_sparse_moe", "w1", "w3", "w2"
 
-    def pair(fc1: tuple[str, ...], fc2: tuple[str, ...], at: str) -> Iterator[Entry]:
+    def pair(
+        fc1: tuple[str, ...], fc2: tuple[str, ...], at: str, expert: int | None = None
+    ) -> Iterator[Entry]:
         yield Entry(fc1, (f"{at}.{gate}.weight", f"{at}.{up}.weight"), ((f, h), (f, h)),
-                    0, _halves, _stack, i, False)  # fmt: skip
-        yield Entry(fc2, (f"{at}.{down}.weight",), ((h, f),), 1, _whole, _only, i, False)
+                    0, _halves, _stack, i, False, expert=expert)  # fmt: skip
+        yield Entry(fc2, (f"{at}.{down}.weight",), ((h, f),), 1, _whole, _only, i, False,
+                    expert=expert)  # fmt: skip
 
     if m.experts is None:
         yield from pair((f"{source}.linear_fc1.weight",), (f"{source}.linear_fc2.weight",), target)
@@ -114,7 +118,7 @@ def _mlp(i: int, m: Model) -> Iterator[Entry]:
             (f"{source}.experts.local_experts.{j}.{n}.weight", f"{source}.experts.{n}.weight{j}")
             for n in ("linear_fc1", "linear_fc2")
         )
-        yield from pair(fc1, fc2, f"{target}.experts.{j}")
+        yield from pair(fc1, fc2, f"{target}.experts.{j}", expert=j)
 
 
 def _layer(i: int, m: Model) -> Iterator[Entry]:
@@ -171,3 +175,10 @@ def stage_of(entry: Entry, model: Model, *, pipeline_size: int) -> int:
     if entry.layer is None:
         return 0 if entry.first_stage else pipeline_size - 1
     return entry.layer // (model.num_layers // pipeline_size)
+
+
+def replica_of(entry: Entry, model: Model, *, expert_size: int) -> int:
+    """First data-parallel replica that holds an entry (experts are split evenly over the first)."""
+    if entry.expert is None or model.experts is None:
+        return 0
+    return entry.expert // (model.experts.num_experts // expert_size)

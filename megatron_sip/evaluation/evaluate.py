@@ -54,15 +54,19 @@ def mean_logprobs(
     *,
     row_length: int,
     batch: int,
+    at_least: int,
     pad: int,
     device: torch.device,
 ) -> np.ndarray:
     """Mean log-prob of each candidate (None: the true suffix) under `model`, nats a token.
 
+    Args:    at_least: score as many micro-batches as so many samples need: ranks that share experts
+             must all compute while one does.
     Returns: float64[len(samples)] on the last pipeline stage, empty on the others. Every rank of
              the replica calls it with the same arguments.
     """
-    total = -(-len(samples) // batch) * batch  # equal micro-batches, as the pipeline needs
+    # Equal micro-batches, as the pipeline needs.
+    total = -(-max(len(samples), at_least) // batch) * batch
     index = [i % len(samples) for i in range(total)]
     pick = Pick(ORIGINAL_SUFFIX if candidates is None else 0, "target", 0.0, 1.0)
     batches = []
@@ -125,9 +129,10 @@ class Evaluator:
     def _score(
         self, model: Any, samples: Sequence[SipSample], candidates: Sequence[Candidate] | None
     ) -> np.ndarray:
+        largest = -(-len(self.samples) // self.ranks.dp_size)  # share of a replica
         return mean_logprobs(
             model, samples, candidates, row_length=self.row_length, batch=self.batch,
-            pad=self.tokenizer.eod, device=self.device,
+            at_least=largest, pad=self.tokenizer.eod, device=self.device,
         )  # fmt: skip
 
     def _continue(self, samples: Sequence[SipSample]) -> Continued:

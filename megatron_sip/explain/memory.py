@@ -74,18 +74,20 @@ def rank_memory(
     """
     size = weight_bytes(config.platform.kind, config.platform.fp8)
     moments = 2 * FP32 + (FP32 if config.platform.kind == "cuda" else 0)
-    dp = config.parallel.data_parallel_size
+    dp, ep = config.parallel.data_parallel_size, config.parallel.expert_model_parallel_size
     sip = config.run.task == "sip"
     stages = []
     for stage, parts in enumerate(parameters.per_rank):
         count = sum(parts.values())
         weights = count * size
+        of_experts = -(-parts["experts"] * ep // dp)  # their copies are on dp / ep ranks
+        share = -(-(count - parts["experts"]) // dp) + of_experts
         stages.append(
             Memory(
                 stage=stage,
                 weights=weights,
                 gradients=count * FP32,
-                optimizer=-(-count // dp) * moments,
+                optimizer=share * moments,
                 start_policy=weights if sip else 0,
                 reference=weights if takes_reference_later(config) else 0,
                 activations=activation_bytes(config, workload, shape, stage=stage),
@@ -104,6 +106,7 @@ def activation_bytes(config: Config, workload: Workload, shape: Shape, *, stage:
 
         local layers (CPU):          6h + 4d + (4q + a + 5f) / TP
         Transformer Engine (CUDA):   4h + (3q + 3k + 3f) / TP    (flash attention, not measured)
+        with e experts a token:      e (h + f / TP) more, and e f for f
 
     On the CPU rows that share a prefix keep their S x S mask, one for all layers of a stage. The
     last stage adds 3h of the final norm, and bytes that do not depend on the vocabulary: the loss
@@ -115,12 +118,14 @@ def activation_bytes(config: Config, workload: Workload, shape: Shape, *, stage:
     tp, pp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size
     h, q, k = shape.hidden_size, shape.query_size, shape.key_value_size
     f = shape.ffn_hidden_size * shape.experts_per_token
+    of_experts = shape.experts_per_token * h + f / tp if shape.num_experts > 1 else 0.0
     if config.platform.kind == "cpu":
         heads = shape.num_attention_heads
         element, layer = FP32, 6 * h + 4 * q / heads + (4 * q + heads + 5 * f) / tp
     else:
         whole = 4 * h / (tp if p.sequence_parallel else 1)
         element, layer = 2, whole + (3 * q + 3 * k + 3 * f) / tp
+    layer += of_experts
     tokens = workload.rows_per_micro_batch * workload.row_length
     layers = shape.num_layers / pp
     if config.model.recompute_granularity == "full":

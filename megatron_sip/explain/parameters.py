@@ -1,4 +1,4 @@
-"""Parameters of the policy, whole and per pipeline stage and tensor-parallel rank, by part. Pure.
+"""Parameters of the policy, whole and per rank of each pipeline stage, by part. Pure.
 
 Shapes come from `convert.names.name_table`, the table that also drives weight exchange and
 checkpoint conversion.
@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass
 
 from megatron_sip.config import Model, Parallel
-from megatron_sip.convert.names import Entry, name_table, stage_of
+from megatron_sip.convert.names import Entry, name_table, replica_of, stage_of
 
-PARTS: tuple[str, ...] = ("embedding", "attention", "mlp", "norms", "head")
+PARTS: tuple[str, ...] = ("embedding", "attention", "mlp", "experts", "norms", "head")
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ def part_of(entry: Entry) -> str:
         return "norms"
     if entry.layer is None:
         return "embedding" if entry.first_stage else "head"
-    return "attention" if "self_attention" in name else "mlp"
+    if entry.expert is not None:
+        return "experts"
+    return "attention" if "self_attention" in name else "mlp"  # a router is an MLP's
 
 
 def count_parameters(model: Model, parallel: Parallel, *, vocab_size: int) -> Parameters:
@@ -45,6 +47,8 @@ def count_parameters(model: Model, parallel: Parallel, *, vocab_size: int) -> Pa
     for entry in name_table(model, vocab_size=vocab_size):
         part, numel = part_of(entry), sum(math.prod(shape) for shape in entry.shapes)
         held = numel if entry.dim is None else numel // tp
+        if replica_of(entry, model, expert_size=parallel.expert_model_parallel_size) != 0:
+            held = 0  # of the first replica's rank; the others hold as many
         if entry.padded:
             padded = model.padded_vocabulary(vocab_size, tensor_parallel=tp)
             held = padded // tp * model.hidden_size

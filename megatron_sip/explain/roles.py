@@ -171,5 +171,5 @@ def _evaluation(
 
 def _padded(num_prefixes: int, dp: int) -> int:
     """Rows that score so many prefixes, filled up to whole batches on each replica."""
-    per_rank = [num_prefixes // dp + (rank < num_prefixes % dp) for rank in range(dp)]
-    return sum(-(-k // Evaluator.batch) * Evaluator.batch for k in per_rank)
+    largest = -(-num_prefixes // dp)
+    return dp * -(-largest // Evaluator.batch) * Evaluator.batch

@@ -99,6 +99,11 @@ def _ranks(out: Console, found: Explanation) -> None:
     out.print(
         f"tensor parallel {p.tensor_model_parallel_size}, pipeline parallel "
         f"{p.pipeline_model_parallel_size}, data parallel {p.data_parallel_size}"
+        + (
+            f", expert parallel {p.expert_model_parallel_size}"
+            if found.config.model.experts
+            else ""
+        )
         + (", sequence parallel" if p.sequence_parallel else "")
     )
     shown = ranks if len(ranks) <= MAX_RANKS else (*ranks[: MAX_RANKS - 2], ranks[-1])
@@ -120,7 +125,11 @@ def _parameters(out: Console, found: Explanation) -> None:
     total, stages = found.parameters.total, found.parameters.per_rank
     head(out, f"parameters: {sum(total.values()):,}")
     names = [f">rank of stage {i}" if len(stages) > 1 else ">each rank" for i in range(len(stages))]
-    rows = [[part, f"{n:,}", *(f"{s[part]:,}" for s in stages)] for part, n in total.items()]
+    rows = [
+        [part, f"{n:,}", *(f"{s[part]:,}" for s in stages)]
+        for part, n in total.items()
+        if part != "experts" or n
+    ]
     rows.append(["all", *(f"{sum(x.values()):,}" for x in (total, *stages))])
     out.print(table(("part", ">model", *names), rows))
 
@@ -139,6 +148,16 @@ def _memory(out: Console, found: Explanation) -> None:
     rows = [[text, *(bytes_text(getattr(m, name)) for m in stages)] for text, name in lines]
     out.print(table(("tensors", *names), rows))
     out.print("not counted: the process itself, temporary tensors inside an operation", style="dim")
+    if found.host.slots:
+        out.print(
+            f"shared memory on rank 0's host, part of the weight exchange: "
+            f"{bytes_text(found.host.slots)}"
+        )
+    if found.host.checkpoint_copy:
+        out.print(
+            "host memory beside it while a checkpoint is written, all ranks together: "
+            f"{bytes_text(found.host.checkpoint_copy)}"
+        )
     hardware = found.steps[0].bottleneck.hardware
     if hardware is not None:
         largest = max(m.total for m in stages)

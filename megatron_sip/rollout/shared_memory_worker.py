@@ -58,6 +58,7 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
 
     def start_weight_update(self) -> None:
         self._ready().start()
+        forget_expert_kernels(self.model)
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict) -> None:
@@ -79,3 +80,15 @@ class SharedMemoryEngine(WeightTransferEngine[SharedMemoryInit, SharedMemoryUpda
         if self._receiver is None:
             raise ValueError("weights are sent to a worker that no trainer has initialised")
         return self._receiver
+
+
+def forget_expert_kernels(model: Any) -> None:
+    """Have vLLM build the kernels of experts anew from the next weights.
+
+    Reason: on CPU it packs experts' weights where it builds a kernel. A kernel that is kept over a
+    reload gets the weights as they came, and computes nonsense with them (vLLM 0.32).
+    """
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None

@@ -1,8 +1,9 @@
 """The trainer's weights as a stream of full Hugging Face tensors on global rank 0.
 
-Layer by layer: gathered over tensor parallel inside the owning stage, handed to rank 0 over the
-pipeline; the whole model is never in one place. Structurally vLLM's `WeightSource`; it imports
-nothing of vLLM, so the CPU trainer need not load it (`weight_transfer.py` adapts it for NCCL).
+Layer by layer: gathered over tensor parallel where it is held, handed over expert parallel to the
+first replica and over the pipeline to rank 0; the whole model is never in one place. Structurally
+vLLM's `WeightSource`; it imports nothing of vLLM, so the CPU trainer need not load it
+(`weight_transfer.py` adapts it for NCCL).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_sip.config_model import Model
-from megatron_sip.convert.names import Entry, held_name, name_table, stage_of
+from megatron_sip.convert.names import Entry, held_name, name_table, replica_of, stage_of
 from megatron_sip.convert.tensor_folder import TensorInfo
 from megatron_sip.model import Policy, global_name
 from megatron_sip.parallel import Ranks
@@ -24,7 +25,8 @@ from megatron_sip.platform import Platform
 class MegatronWeightSource:
     """Iterate on every rank at once; tensors are meaningful on global rank 0 only.
 
-    Ranks of other data-parallel replicas yield nothing. `metadata()` makes no collective call.
+    Other ranks yield nothing, and take part where they hold something. `metadata()` makes no
+    collective call.
     """
 
     def __init__(
@@ -50,7 +52,7 @@ class MegatronWeightSource:
         """
         self._platform.synchronize()
         self._policy.ddp.start_param_sync(force_sync=True)
-        if self._ranks.dp_rank != 0:
+        if not self._ranks.holds_experts:
             return
         local = {global_name(n, self._policy.module): p
                  for n, p in self._policy.module.named_parameters()}  # fmt: skip
@@ -66,29 +68,38 @@ class MegatronWeightSource:
         """Hugging Face tensors of an entry on rank 0, none elsewhere."""
         from megatron.core import parallel_state
 
-        stage = stage_of(entry, self._model, pipeline_size=self._ranks.pp_size)
+        ranks = self._ranks
+        stage = stage_of(entry, self._model, pipeline_size=ranks.pp_size)
+        replica = replica_of(entry, self._model, expert_size=ranks.ep_size)
         whole: list[torch.Tensor] = []
-        if self._ranks.pp_rank == stage:
+        if (ranks.pp_rank, ranks.dp_rank) == (stage, replica):
             whole = self._join(entry, local[held_name(entry, local)].detach())
-        if stage == 0:
-            return whole if self._ranks.is_main else []
-        if self._ranks.tp_rank != 0:
+        if ranks.tp_rank != 0:
             return []
-        group: Any = parallel_state.get_pipeline_model_parallel_group()
-        if self._ranks.pp_rank == stage:
-            for tensor in whole:
-                dist.send(tensor.contiguous(), dst=0, group=group)
-        elif self._ranks.is_main:
-            source = dist.get_global_rank(group, stage)
-            for shape in entry.shapes:
-                whole.append(
-                    torch.empty(
-                        shape, dtype=self._platform.params_dtype, device=self._platform.device
-                    )
-                )
-                dist.recv(whole[-1], src=source, group=group)
+        if ranks.pp_rank == stage:
+            group = parallel_state.get_expert_model_parallel_group()
+            whole = self._hand_over(whole, entry, group, source=replica)
+        if ranks.dp_rank == 0:
+            group = parallel_state.get_pipeline_model_parallel_group()
+            whole = self._hand_over(whole, entry, group, source=stage)
+        return whole
+
+    def _hand_over(
+        self, whole: list[torch.Tensor], entry: Entry, group: Any, *, source: int
+    ) -> list[torch.Tensor]:
+        """Tensors of a group's rank `source` on its first rank, none on the others."""
+        if source == 0:
             return whole
-        return []
+        if group.rank() == source:
+            for tensor in whole:
+                dist.send(tensor.contiguous(), group=group, group_dst=0)
+        if group.rank() != 0:
+            return []
+        like = {"dtype": self._platform.params_dtype, "device": self._platform.device}
+        received = [torch.empty(shape, **like) for shape in entry.shapes]
+        for tensor in received:
+            dist.recv(tensor, group=group, group_src=source)
+        return received
 
     def _join(self, entry: Entry, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Hugging Face tensors of an entry, from the slices of this stage's tensor-parallel ranks.

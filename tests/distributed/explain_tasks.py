@@ -56,7 +56,7 @@ def measured_step(ctx: Context, config: Config, vocab_size: int) -> dict[str, An
     scheduler = build_scheduler(optimizer, config.optimizer, steps=config.run.steps)
     learner = Learner(policy, optimizer, scheduler, ctx.ranks, ctx.platform)
     frozen = frozen_copy(policy, config, ctx.platform, vocab_size=vocab_size)
-    own = {b.param_data.untyped_storage().data_ptr() for b in policy.ddp.buffers}
+    own = {b.param_data.untyped_storage().data_ptr() for b in policy.grad_buffers}
     saved: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -73,8 +73,8 @@ def measured_step(ctx: Context, config: Config, vocab_size: int) -> dict[str, An
     return {
         "place": (ctx.ranks.tp_rank, ctx.ranks.pp_rank, ctx.ranks.dp_rank),
         "parts": parts(module),
-        "weights": sum(b.param_data.nbytes for b in policy.ddp.buffers),
-        "gradients": sum(b.grad_data.nbytes for b in policy.ddp.buffers),
+        "weights": sum(b.param_data.nbytes for b in policy.grad_buffers),
+        "gradients": sum(b.grad_data.nbytes for b in policy.grad_buffers),
         "optimizer": storage_bytes(state, without=own),
         "start_policy": storage_bytes(frozen.parameters(), without=set()),
         "activations": storage_bytes(saved.values(), without=own),
@@ -84,7 +84,7 @@ def measured_step(ctx: Context, config: Config, vocab_size: int) -> dict[str, An
 
 def parts(module: Any) -> dict[str, int]:
     """Real parameters by part, told by what their names hold."""
-    found = dict.fromkeys(("embedding", "attention", "mlp", "norms", "head"), 0)
+    found = dict.fromkeys(("embedding", "attention", "mlp", "experts", "norms", "head"), 0)
     for name, parameter in module.named_parameters():
         if "norm" in name:
             part = "norms"
@@ -92,6 +92,8 @@ def parts(module: Any) -> dict[str, int]:
             part = "embedding"
         elif name.startswith("output_layer"):
             part = "head"
+        elif ".experts." in name:
+            part = "experts"
         else:
             part = "mlp" if ".mlp." in name else "attention"
         found[part] += parameter.numel()

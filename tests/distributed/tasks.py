@@ -92,12 +92,15 @@ def full_gradients(ctx: Context, policy: Policy, model: Model) -> Tensors:
     """Gradients after the reduce-scatter, by Hugging Face name, on rank 0."""
     from megatron.core import parallel_state
 
-    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-    for buffer in policy.ddp.buffers:
+    dense = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    of_experts = parallel_state.get_expert_data_parallel_group()
+    buffers = [(buffer, dense) for buffer in policy.ddp.buffers]
+    buffers += [(buffer, of_experts) for buffer in policy.ddp.expert_parallel_buffers]
+    for buffer, group in buffers:
         for bucket in buffer.buckets:
-            shards = bucket.grad_data.view(ctx.ranks.dp_size, -1)
+            shards = bucket.grad_data.view(group.size(), -1)
             gathered = [torch.empty_like(shards[0]) for _ in shards]
-            dist.all_gather(gathered, shards[ctx.ranks.dp_rank].clone(), group=group)
+            dist.all_gather(gathered, shards[group.rank()].clone(), group=group)
             shards.copy_(torch.stack(gathered))
     grads = [(n, p.main_grad) for n, p in policy.module.named_parameters()]
     view = SimpleNamespace(named_parameters=lambda: grads, decoder=policy.module.decoder)

@@ -24,6 +24,12 @@ VOCAB = 4096
 WITHIN = 0.02  # the promise is 0.10
 LAYOUTS = [Layout(dp=2), Layout(tp=2), Layout(pp=2), Layout(tp=2, pp=2)]
 CASES = [(layout, tied) for layout in LAYOUTS for tied in (False, True)]
+SPREAD = Layout(dp=2, ep=2)
+EXPERTS = (
+    'model.family="mixtral"',
+    "model.experts.num_experts=4",
+    "model.experts.experts_per_token=2",
+)
 _measured: dict[tuple[Layout, bool], list[dict[str, Any]]] = {}
 
 
@@ -37,6 +43,8 @@ def recipe(layout: Layout, tied: bool) -> Config:
         "data.global_batch_size=2",
         f"data.micro_batch_size={2 // layout.dp}",
     )
+    if layout.ep > 1:
+        overrides += (*EXPERTS, f"parallel.expert_model_parallel_size={layout.ep}")
     return load_config(QUICKSTART, overrides)
 
 
@@ -54,7 +62,7 @@ def estimated(config: Config) -> tuple[Workload, Shape]:
     return work, policy_shape(config.model, vocab_size=VOCAB)
 
 
-@pytest.mark.parametrize(("layout", "tied"), CASES, ids=str)
+@pytest.mark.parametrize(("layout", "tied"), [*CASES, (SPREAD, False)], ids=str)
 def test_parameters_of_every_rank_are_those_of_the_real_model(
     workers: Workers, layout: Layout, tied: bool
 ) -> None:
@@ -65,7 +73,7 @@ def test_parameters_of_every_rank_are_those_of_the_real_model(
         assert found.per_rank[real["place"][1]] == real["parts"]
 
 
-@pytest.mark.parametrize(("layout", "tied"), CASES, ids=str)
+@pytest.mark.parametrize(("layout", "tied"), [*CASES, (SPREAD, False)], ids=str)
 @pytest.mark.parametrize(
     "part", ["weights", "gradients", "optimizer", "start_policy", "activations"]
 )
@@ -79,7 +87,8 @@ def test_tensors_of_every_rank_are_within_a_tenth_of_the_estimate(
     for real in measured(workers, layout, tied):
         ratio = getattr(stages[real["place"][1]], part) / real[part]
         record_property("estimate_over_measured", ratio)
-        assert ratio == pytest.approx(1, abs=WITHIN)
+        uneven = layout == SPREAD and part == "activations"  # more tokens for one rank's experts
+        assert ratio == pytest.approx(1, abs=0.1 if uneven else WITHIN)
 
 
 @pytest.mark.parametrize(("layout", "tied"), CASES, ids=str)

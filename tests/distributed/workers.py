@@ -24,18 +24,19 @@ GRACE_S = 10.0  # for the other ranks once one has failed
 
 @dataclass(frozen=True)
 class Layout:
-    """Sizes of the three kinds of parallelism."""
+    """Sizes of the kinds of parallelism."""
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    ep: int = 1  # within dp
 
     @property
     def world_size(self) -> int:
         return self.tp * self.pp * self.dp
 
     def __str__(self) -> str:
-        return f"TP{self.tp}PP{self.pp}DP{self.dp}"
+        return f"TP{self.tp}PP{self.pp}DP{self.dp}" + f"EP{self.ep}" * (self.ep > 1)
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,7 @@ def _task(layout: Layout, function: Callable[..., Any], args: tuple[Any, ...]) -
         world_size=layout.world_size,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
+        expert_model_parallel_size=layout.ep,
     )
     platform = cpu(PlatformConfig(kind="cpu"))
     ranks = parallel.initialize(settings, platform, seed=1)

@@ -176,6 +176,13 @@ def test_missing_key_is_named_and_all_errors_come_at_once(sip: Path) -> None:
     assert "optimizer.lr: required and missing" in message and "run.steps is 'x'" in message
 
 
+EXPERTS = (
+    'model.family="mixtral"',
+    "model.experts.num_experts=5",
+    "model.experts.experts_per_token=2",
+)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
@@ -196,6 +203,18 @@ def test_missing_key_is_named_and_all_errors_come_at_once(sip: Path) -> None:
         (
             ["parallel.tensor_model_parallel_size=2", "parallel.world_size=3"],
             "world_size 3 must be a multiple of TP x PP = 2",
+        ),
+        (
+            ["parallel.expert_model_parallel_size=2", "parallel.world_size=2"],
+            "parallel.expert_model_parallel_size 2 needs [model.experts]",
+        ),
+        (
+            ["parallel.expert_model_parallel_size=2", "parallel.world_size=2", *EXPERTS],
+            "num_experts 5 must be a multiple of parallel.expert_model_parallel_size 2",
+        ),
+        (
+            ["parallel.expert_model_parallel_size=5", "parallel.world_size=2", *EXPERTS],
+            "parallel.expert_model_parallel_size 5 must divide the data-parallel size 2",
         ),
         (["data.global_batch_size=12"], "global_batch_size 12 must be a multiple of"),
         (["data.min_prefix_tokens=65"], "min_prefix_tokens 65 must not exceed"),

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_sip.config import Config, Model, Parallel
+from megatron_sip.config_model import Experts
 from megatron_sip.convert.families import SpecialIds, describe
 from megatron_sip.explain.files import checkpoint_bytes, checkpoints_kept, pool_bytes, run_files
 from megatron_sip.explain.memory import activation_bytes, exchange_bytes, rank_memory
@@ -113,8 +114,25 @@ def test_policy_counts_the_same_by_part_by_shape_and_as_its_export(
 def test_stages_hold_their_layers_and_slices_their_share() -> None:
     parallel = Parallel(world_size=4, tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
     first, last = count_parameters(MODEL, parallel, vocab_size=10).per_rank
-    assert first == {"embedding": 40, "attention": 96, "mlp": 192, "norms": 16, "head": 0}
-    assert last == {"embedding": 0, "attention": 96, "mlp": 192, "norms": 24, "head": 40}
+    assert first == {
+        "embedding": 40, "attention": 96, "mlp": 192, "experts": 0, "norms": 16, "head": 0
+    }  # fmt: skip
+    assert last == {
+        "embedding": 0, "attention": 96, "mlp": 192, "experts": 0, "norms": 24, "head": 40
+    }  # fmt: skip
+
+
+def test_ranks_share_experts_and_each_holds_the_rest() -> None:
+    model = MODEL.model_copy(
+        update={"family": "mixtral", "experts": Experts(num_experts=4, experts_per_token=2)}
+    )
+    spread = Parallel(world_size=4, expert_model_parallel_size=2)
+    found = count_parameters(model, spread, vocab_size=10)
+    (rank,) = found.per_rank
+    assert rank["experts"] * 2 == found.total["experts"] == 4 * 2 * 384
+    assert rank["mlp"] == found.total["mlp"] == 2 * 4 * 8  # the routers
+    for part in ("embedding", "attention", "norms", "head"):
+        assert rank[part] == found.total[part]
 
 
 def test_last_of_several_stages_holds_a_second_copy_of_a_tied_matrix() -> None:
@@ -219,6 +237,13 @@ def test_duties_stand_with_the_right_ranks() -> None:
     assert "starts and ends the servers" in duties[0] and "sends the weights" in duties[0]
     assert ["I/O" in d for d in duties] == [True, True, False, False]
     assert ["loss" in d for d in duties] == [False, False, True, True]
+    spread = recipe(
+        "quickstart", "parallel.world_size=4", "parallel.expert_model_parallel_size=2",
+        'model.family="mixtral"', "model.experts.num_experts=6",
+        "model.experts.experts_per_token=2", "data.micro_batch_size=2",
+    )  # fmt: skip
+    held = [r.duties[0] for r in all_ranks(spread)]
+    assert held == ["experts 0-2", "experts 3-5", "experts 0-2", "experts 3-5"]
 
 
 def test_files_are_counted_and_sized() -> None:

@@ -22,7 +22,7 @@ CASES = (
     "CudaRequestsToCpu",
     "_patch_random_states",
     "_patch_optimizer_load",
-    "_patch_router",
+    "_patch_experts",
 )
 CUDA_CALLS = ("current_device", "set_device", "synchronize", "current_stream", "get_rng_state")
 PROBE = """
