@@ -1,7 +1,8 @@
 """Checkpoints: seconds to save and load, seconds that training waits, bytes on the disk.
 
 Models of 135 M, 360 M and 1.1 B parameters in fp32 with Adam's two moments, on one rank; those that
-do not fit into memory are left out, by name. Synchronous: until the checkpoint is complete.
+do not fit into memory are left out, by name. Of all: the weights alone, as a run keeps those of its
+start policy. Synchronous: until the checkpoint is complete.
 Asynchronous: what training waits for, the copy at the save and the completion after the writing.
 All is read back from the disk and compared with what was written. The plain way is Megatron-Core's
 own save, which reads nothing back.
@@ -29,6 +30,7 @@ from megatron_sip.convert.names import name_table
 from megatron_sip.disk import folder_bytes
 from megatron_sip.model import build_module, transformer_config, wrap_data_parallel
 from megatron_sip.optimizer import build_optimizer, build_scheduler
+from megatron_sip.parallel import Ranks
 from megatron_sip.platform import Platform
 from megatron_sip.types import TrainState
 
@@ -45,6 +47,9 @@ SHAPES = {  # of SmolLM2-135M and -360M, and of TinyLlama
 }  # fmt: skip
 MEMORY = 40  # bytes a parameter: weights, gradients, moments, their copies in a save, and room
 REPETITIONS = 3
+ALONE = Ranks(
+    rank=0, world_size=1, tp_rank=0, pp_rank=0, pp_size=1, dp_rank=0, dp_size=1, ep_size=1
+)
 
 
 def run() -> dict[str, Any]:
@@ -60,6 +65,8 @@ def run() -> dict[str, Any]:
             shapes = [s for entry in name_table(model, vocab_size=vocabulary) for s in entry.shapes]
             number = sum(map(math.prod, shapes))
             results[f"{name}_parameters"] = number
+            alone = _weights_alone(vocabulary, model, platform)
+            results |= {f"{name}_weights_{key}": value for key, value in alone.items()}
             free = psutil.virtual_memory().available
             if number * MEMORY > free:
                 results[f"{name}_left_out"] = f"needs {number * MEMORY / 2**30:.0f} GiB of memory"
@@ -78,14 +85,40 @@ def run() -> dict[str, Any]:
     return {"name": "checkpoint", "settings": settings, "results": results, "ratios": ratios}
 
 
-def _measure(vocabulary: int, model: Model, platform: Platform) -> dict[str, Any]:
-    """Seconds of each repetition, and bytes."""
+def _weights_alone(vocabulary: int, model: Model, platform: Platform) -> dict[str, Any]:
+    """Seconds to save and load weights without an optimizer's state, and their bytes."""
+    module = _module(vocabulary, model, platform).requires_grad_(False)
+    identity, found = {"layers": 1}, {"save_s": [], "load_s": []}
+    with tempfile.TemporaryDirectory(prefix="checkpoint-", dir=".") as folder:
+        for version in range(REPETITIONS):
+            of_version = checkpoint_files.weights_folder(Path(folder), version)
+
+            def save(version: int = version) -> None:
+                checkpoint.save_weights(Path(folder), version, module=module, identity=identity)
+
+            def load(path: Path = of_version) -> None:
+                checkpoint.load_weights(path, module=module, identity=identity, ranks=ALONE)
+
+            found["save_s"].append(_seconds(save))
+            found["load_s"].append(_seconds(load))
+            size = folder_bytes(of_version)
+            shutil.rmtree(of_version)
+    return {**found, "bytes": size}
+
+
+def _module(vocabulary: int, model: Model, platform: Platform) -> Any:
     config = transformer_config(model, Parallel(world_size=1), platform)
     module = build_module(config, model, platform, vocab_size=vocabulary)
     for parameter in module.parameters():
         parameter.data.normal_(0.0, 0.02)
+    return module
+
+
+def _measure(vocabulary: int, model: Model, platform: Platform) -> dict[str, Any]:
+    """Seconds of each repetition, and bytes."""
+    module = _module(vocabulary, model, platform)
     settings = Optimizer(lr=1e-3)
-    policy = wrap_data_parallel(config, module, settings, platform)
+    policy = wrap_data_parallel(module.config, module, settings, platform)
     optimizer = build_optimizer(policy, settings, platform)
     for part in optimizer.chained_optimizers:
         part._init_optimizer_states_with_dummy_values()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import safe_open
 
 from megatron_sip import checkpoint_files
 from megatron_sip.config import Config
@@ -74,15 +75,15 @@ def quantise(
             _logprobs(module, ids)
 
     model = mtq.quantize(model, mtq.FP8_DEFAULT_CFG, calibrate)
-    quantised, kept = _layers(model)
+    after = [_logprobs(model, ids) for ids in held_out]
+    export_hf_checkpoint(model, export_dir=target)
+    quantised, kept = _layers(target)
     if not quantised:
         raise ValueError(f"{source}: nvidia-modelopt quantised no layer of it")
-    after = [_logprobs(model, ids) for ids in held_out]
     report = Fp8Report(
         quantised, kept, sum(map(len, calibration)), sum(len(i) - 1 for i in held_out),
         **differences(before, after, held_out),
     )  # fmt: skip
-    export_hf_checkpoint(model, export_dir=target)
     (target / REPORT).write_text(json.dumps(asdict(report), indent=1))
     return report
 
@@ -95,16 +96,17 @@ def _logprobs(model: Callable[..., object], ids: np.ndarray) -> torch.Tensor:
     return out.logits[0, :-1].float().log_softmax(-1)  # type: ignore[attr-defined]
 
 
-def _layers(model: torch.nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names of layers with weights of two dimensions: quantised ones, others."""
+def _layers(folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of layers with weights of two dimensions: those that are FP8 in the folder, others."""
     quantised, kept = [], []
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, torch.Tensor) or weight.dim() != 2:
-            continue
-        quantizer = getattr(module, "weight_quantizer", None)
-        (quantised if getattr(quantizer, "is_enabled", False) else kept).append(name)
-    return tuple(quantised), tuple(kept)
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118
+                part = opened.get_slice(name)
+                if name.endswith(".weight") and len(part.get_shape()) == 2:
+                    of = quantised if part.get_dtype() == "F8_E4M3" else kept
+                    of.append(name.removesuffix(".weight"))
+    return tuple(sorted(quantised)), tuple(sorted(kept))
 
 
 def differences(
@@ -143,11 +145,6 @@ def megatron_to_fp8(
             "directory, or a checkpoint inside one"
         )
     config = load_config(recipe)
-    if config.model.experts is not None:
-        raise ValueError(
-            f"--fp8: model.family is {config.model.family}, and quantised experts were never "
-            "tried; export without --fp8"
-        )
     calibration, held_out = (
         samples(config, split, number) for split, number in (("train", 64), ("validation", 32))
     )
