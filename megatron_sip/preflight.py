@@ -31,6 +31,7 @@ from megatron_sip.pool_store import num_committed
 from megatron_sip.recipe_change import check_recipe
 from megatron_sip.run_dir import check_run_dir, refuse_secrets
 from megatron_sip.sinks.check import check_sinks
+from megatron_sip.supervision.run_lock import refuse_held
 
 SPLITS = ("train", "validation", "test")
 
@@ -102,7 +103,10 @@ def _ranks(config: Config, environment: Mapping[str, str]) -> Iterator[str]:
 
 
 def _run_dir(config: Config, resume: bool, begun: bool) -> Iterator[str]:
-    if resume:
+    held = [] if begun else list(_failures(refuse_held, config.run.dir))
+    if held:  # what the folder holds is its owner's
+        yield from held
+    elif resume:
         yield from _failures(check_recipe, config)
     elif not begun:
         yield from _failures(check_run_dir, config.run.dir)

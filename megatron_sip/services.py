@@ -106,6 +106,7 @@ def connect(
         max_tokens=config.data.suffix_tokens,
         concurrency=rollout.concurrency,
         timeout_s=rollout.timeout_s,
+        vocab_size=config.model.vocabulary(tokenizer.vocab_size),
     )
     cache = Cache(config.judge.cache_dir)
     stack.callback(cache.close)

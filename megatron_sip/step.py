@@ -103,7 +103,7 @@ def gather_experience(run: Run, plan: Plan, step: int) -> tuple[list[PoolRecord]
             positions=shard(run.config.data.global_batch_size, run.ranks),
         )
 
-    records, means = with_servers(run, make) or ([], {})
+    records, means = with_servers(run, make, during=f"step {step + 1}") or ([], {})
     check_trust(run, means, step)
     means |= pool_means(records)
     version = run.state.policy_version

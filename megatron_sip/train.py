@@ -39,6 +39,7 @@ from megatron_sip.supervision import restarts
 from megatron_sip.supervision.heartbeat import HEART
 from megatron_sip.supervision.monitor import last_words
 from megatron_sip.supervision.restarts import Launch
+from megatron_sip.supervision.run_lock import RunInUse, hold
 from megatron_sip.supervision.watched import watched
 from megatron_sip.trust.alarm import Alarm
 
@@ -55,6 +56,7 @@ def train(
             begun: run.dir is of an earlier attempt of this launch; without `resume` what it left
             there is removed.
     Raises: ValueError for what is wrong and `preflight` could not see, before servers start;
+            RunInUse if another run has run.dir;
             Stopped once SIGTERM or SIGINT was obeyed; PeerLost if another rank died.
     """
     started = time.monotonic()
@@ -96,19 +98,25 @@ def refuse_unfit(config: Config, *, replay: bool) -> None:
 def prepare_run_dir(
     config: Config, ranks: Ranks, launch: Launch, *, resume: bool, begun: bool
 ) -> None:
-    """Rank 0 makes the run directory or takes it over; all ranks learn whether it could."""
+    """Rank 0 makes the run directory or takes it over; all ranks learn whether it could.
+
+    Raises: RunInUse if another process has it; ValueError for what else is wrong with it.
+    """
     problem = None
     if ranks.is_main:
         try:
+            hold(config.run.dir)
             if resume:
                 restarts.claim(config.run.dir, launch)
             else:
                 create_run_dir(config.run.dir, config, launch, begun=begun)
+        except RunInUse as error:
+            problem = error
         except (OSError, ValueError) as error:
-            problem = str(error)
+            problem = ValueError(str(error))
     problem = parallel.broadcast_object(problem)
     if problem is not None:
-        raise ValueError(problem)
+        raise problem
 
 
 def begin(run: Run, evaluators: dict[str, Evaluator], resume: bool) -> dict[str, PolicyOutput]:
@@ -315,7 +323,7 @@ def measure(run: Run, evaluator: Evaluator, text: str) -> PolicyOutput | None:
                 run.learner.policy.ddp,
                 run.start_policy,
                 parallel.share,
-                lambda ask: with_servers(run, ask),
+                lambda ask: with_servers(run, ask, during=text),
             )
     except StepAbandoned:
         save_once(run)

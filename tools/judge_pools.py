@@ -31,6 +31,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 
@@ -71,10 +72,6 @@ def judge(arguments: argparse.Namespace) -> None:
     )
     from megatron_sip.recipe import load_config
 
-    def on_wait(name: str, seconds: float) -> None:
-        log = arguments.logs / f"{name}.log"
-        print(f"waiting for server {name}: {seconds:.0f} s, log {log}", file=sys.stderr)
-
     check_output(arguments.output)
     config = load_config(arguments.config, tuple(arguments.overrides))
     steps = parse_steps(arguments.steps)
@@ -85,7 +82,7 @@ def judge(arguments: argparse.Namespace) -> None:
             task,
             output=arguments.output,
             log_dir=arguments.logs,
-            on_wait=on_wait,
+            say=partial(print, file=sys.stderr),
             watch=watch,
             publish=publisher(config, task),
         )

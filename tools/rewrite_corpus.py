@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 EXAMPLE = """examples:
@@ -46,11 +47,6 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def on_wait(name: str, seconds: float) -> None:
-    """Tell that a server is not up yet."""
-    print(f"waiting for server {name}: {seconds:.0f} s", file=sys.stderr)
-
-
 def main() -> int:
     args = arguments()
     from megatron_sip.errors import RunFailed
@@ -64,7 +60,7 @@ def main() -> int:
         settings = Pass(
             args.output, args.passes, args.samples, args.resume, args.unsafe_mask, args.max_failed
         )
-        outcomes = rewrite_corpus(config, settings, on_wait=on_wait)
+        outcomes = rewrite_corpus(config, settings, say=partial(print, file=sys.stderr))
     except (ValueError, OSError, RunFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

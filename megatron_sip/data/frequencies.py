@@ -27,12 +27,14 @@ class PairFrequencies:
     def share(self, token_ids: np.ndarray) -> np.ndarray:
         """Share of each adjacent pair among all that were counted, 0 for one that was not.
 
-        Args:    token_ids: int[T].
+        Args:    token_ids: int[T]; ids from vocab_size on, which a model may know, are in no pair.
         Returns: float64[max(T - 1, 0)].
         """
-        wanted = _codes(np.asarray(token_ids), self.vocab_size)
+        ids = np.asarray(token_ids)
+        wanted = _codes(ids, self.vocab_size)
         place = np.minimum(np.searchsorted(self.codes, wanted), len(self.codes) - 1)
-        found = np.where(self.codes[place] == wanted, self.counts[place], 0)
+        is_there = (self.codes[place] == wanted) & (ids[1:] < self.vocab_size)
+        found = np.where(is_there, self.counts[place], 0)
         return found / self.counts.sum()
 
 

@@ -23,6 +23,7 @@ from megatron_sip.data.panics import is_panic, panics_told
 
 WORD_START = ("\u2581", "\u0120")  # how sentencepiece and byte-level BPE write a space
 EOD_TOKENS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+UNKNOWN = "\ufffd"
 
 
 class Tokenizer(ABC):
@@ -37,6 +38,8 @@ class Tokenizer(ABC):
     vocab_size: int
     eod: int
     special_texts: tuple[str, ...]
+    _has_piece: np.ndarray
+    """bool[vocab_size + 1]; the last stands for every id from vocab_size on."""
 
     @staticmethod
     def load(path: Path) -> Tokenizer:
@@ -69,31 +72,51 @@ class Tokenizer(ABC):
         """`encode` of each text."""
         return [self.encode(text) for text in texts]
 
-    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
-        """Text of token ids; end-of-document ids add nothing, an incomplete character is U+FFFD.
+    def decode(
+        self, ids: Sequence[int] | np.ndarray, *, model_vocab_size: int | None = None
+    ) -> str:
+        """Text of token ids; end-of-document ids add nothing, an incomplete character and an id
+        without a piece are U+FFFD.
 
-        Raises: ValueError if an id is outside [0, vocab_size).
+        Args:   model_vocab_size: ids lie below it, if a model chose them that knows more ids than
+                the tokenizer has pieces; None: below vocab_size.
+        Raises: ValueError if an id is outside of that.
         """
         array = np.asarray(ids, dtype=np.int64)
-        if array.size and not 0 <= array.min() <= array.max() < self.vocab_size:
+        limit = self.vocab_size if model_vocab_size is None else model_vocab_size
+        if array.size and not 0 <= array.min() <= array.max() < limit:
             raise ValueError(
-                f"token ids {array.min()}..{array.max()} must lie in [0, {self.vocab_size}); "
+                f"token ids {array.min()}..{array.max()} must lie in [0, {limit}); "
                 "they come from another tokenizer or from padding of the vocabulary"
             )
-        return self._decode(array[array != self.eod].tolist())
+        array = array[array != self.eod]
+        unknown = np.flatnonzero(~self._has_piece[np.minimum(array, self.vocab_size)])
+        known, *rest = np.split(array, unknown)  # each of the rest begins with an unknown id
+        text = self._decode(known.tolist())
+        return text + "".join(UNKNOWN + self._decode_within(part[1:].tolist()) for part in rest)
+
+    def _decode_within(self, ids: list[int]) -> str:
+        """Text of ids that do not begin it: a leading space, which some decoders drop, stays."""
+        before = self.encode("a")
+        return self._decode([*before, *ids])[len(self._decode(before)) :]
 
     def continuation_text(
-        self, prefix_ids: Sequence[int] | np.ndarray, ids: Sequence[int] | np.ndarray
+        self,
+        prefix_ids: Sequence[int] | np.ndarray,
+        ids: Sequence[int] | np.ndarray,
+        *,
+        model_vocab_size: int | None = None,
     ) -> tuple[str, str]:
         """Text of a prefix and what `ids` add to it; leading spaces stay.
 
-        Args:    prefix_ids: int[P]. ids: int[L].
+        Args:    prefix_ids: int[P]. ids: int[L]. model_vocab_size: of `ids`, as for `decode`.
         Returns: (prefix_text, candidate_text). Their concatenation is always the text of
                  prefix + ids. Where the border parts the bytes of one character, that character
                  goes to candidate_text whole.
         """
         prefix_text = self.decode(prefix_ids)
-        text = self.decode([*map(int, prefix_ids), *map(int, ids)])
+        both = [*map(int, prefix_ids), *map(int, ids)]
+        text = self.decode(both, model_vocab_size=model_vocab_size)
         border = len(prefix_text)
         while not text.startswith(prefix_text[:border]):  # few steps: bytes of one character
             border -= 1
@@ -120,6 +143,7 @@ class SentencePieceTokenizer(Tokenizer):
             ) from None
         self.digest = hashlib.sha256(data).hexdigest()
         self.vocab_size = self._processor.vocab_size()
+        self._has_piece = np.arange(self.vocab_size + 1) < self.vocab_size
         self.eod = self._processor.eos_id()
         if self.eod < 0:
             raise ValueError(
@@ -170,17 +194,19 @@ class JsonTokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.digest = hashlib.sha256(data).hexdigest()
-        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        known = list(self._tokenizer.get_vocab().values())
+        self.vocab_size = max(known) + 1
+        self._has_piece = np.isin(np.arange(self.vocab_size + 1), known)
         added = self._tokenizer.get_added_tokens_decoder()
         special = {token.content: i for i, token in added.items() if token.special}
         self.special_texts = tuple(special)
-        known = [text for text in EOD_TOKENS if text in special] or [_eos_token(Path(name))]
-        if known[0] not in special:
+        ends = [text for text in EOD_TOKENS if text in special] or [_eos_token(Path(name))]
+        if ends[0] not in special:
             raise ValueError(
                 f"tokenizer {name} has none of the special tokens {', '.join(EOD_TOKENS)}, and "
                 "no tokenizer_config.json beside it names its eos_token; add one"
             )
-        self.eod = special[known[0]]
+        self.eod = special[ends[0]]
 
     def encode(self, text: str) -> list[int]:
         with panics_told(self._broken):

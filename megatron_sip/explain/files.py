@@ -58,9 +58,10 @@ def run_files(
         files += [
             Files("checkpoints/weights_*/", 1 + later, weights,
                   "start policy" + (", and the references of kept checkpoints" if later else "")),
-            Files("pools/step_*.parquet", steps, pool_bytes(config, work, lengths),
-                  f"all shards of a step ({config.parallel.data_parallel_size} files) and marker; "
-                  "compression not counted"),
+            Files("pools/step_*.parquet", pools_at_most(config), pool_bytes(config, work, lengths),
+                  ("the most at a time (run.keep_pools); " if config.run.keep_pools else "")
+                  + f"all shards of a step ({config.parallel.data_parallel_size} files) and "
+                  "marker; compression not counted"),
             Files(f"{config.judge.cache_dir if config.judge else ''}/*.sqlite", 1, None,
                   "verdicts and rewrites by content, outside the run directory"),
         ]  # fmt: skip
@@ -83,9 +84,28 @@ def references_kept(config: Config) -> int:
     return len(taken if staged else taken - {0})  # the one of step 0 is the start policy
 
 
+def pools_at_most(config: Config) -> int:
+    """Steps whose pools lie there at a time: just before a checkpoint is complete, whose pools and
+    those before it go as `disk.tidy` has them go."""
+    steps, keep, every = config.run.steps, config.run.keep_pools, config.checkpoint.keep_every
+    if keep is None:
+        return steps
+    saved, most, gone = _saved_steps(config), 0, 0
+    always = next((s for s in saved if every is not None and s % every == 0), steps)
+    for i, step in enumerate(saved):
+        most = max(most, step - gone)
+        oldest = min(saved[max(0, i + 1 - config.checkpoint.keep_last)], always)
+        gone = max(gone, min(oldest, step - keep))
+    return most
+
+
+def _saved_steps(config: Config) -> list[int]:
+    steps, interval = config.run.steps, config.checkpoint.interval
+    return sorted({*range(interval, steps + 1, interval), steps})
+
+
 def _kept_steps(config: Config) -> list[int]:
-    steps, settings = config.run.steps, config.checkpoint
-    saved = sorted({*range(settings.interval, steps + 1, settings.interval), steps})
+    settings, saved = config.checkpoint, _saved_steps(config)
     old = saved[: -settings.keep_last]
     every = settings.keep_every
     return [s for s in saved if s not in old or (every is not None and s % every == 0)]

@@ -142,7 +142,7 @@ def activation_bytes(config: Config, workload: Workload, shape: Shape, *, stage:
 def exchange_bytes(config: Config, shape: Shape) -> int:
     """Peak of a weight exchange on rank 0.
 
-    shared_memory: a bucket of at most `rollout.bucket_mib` (or one larger tensor) and its file in
+    shared_memory: two buckets of at most `rollout.bucket_mib` (or one larger tensor), files in
     memory. nccl: two packed buffers and one in the making, each with its largest tensor.
     """
     if config.rollout is None:

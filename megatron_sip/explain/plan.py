@@ -13,6 +13,7 @@ import torch
 
 from megatron_sip.config import Config
 from megatron_sip.explain.files import Files, run_files
+from megatron_sip.explain.host import Host, host_needs
 from megatron_sip.explain.memory import Memory, rank_memory
 from megatron_sip.explain.parameters import Parameters, count_parameters
 from megatron_sip.explain.ranks import RankPlace, all_ranks
@@ -51,6 +52,7 @@ class Explanation:
     ranks: tuple[RankPlace, ...]
     parameters: Parameters
     memory: tuple[Memory, ...]
+    host: Host
     servers: tuple[ServerPlan, ...]
     steps: tuple[Step, ...]
     files: tuple[Files, ...]
@@ -87,11 +89,14 @@ def explain(
     most_rows = max((s.work for s in steps), key=lambda w: w.rows)
     largest_pool = max((s.work for s in steps), key=lambda w: w.candidates)
     memory = rank_memory(config, parameters, most_rows, policy)
+    host = host_needs(config, parameters, vocab_size=data.vocab_size, dtype=platform.params_dtype)
     files = run_files(config, parameters, largest_pool, lengths)
     local = servers if servers_start else ()
     unfit = [data.missing] if data.missing and not missing else []
     unfit += too_long(config, steps[-1].roles) if servers_start else ()
-    unfit += lacks_room(config, this_machine(config), memory=memory, servers=local, files=files)
+    unfit += lacks_room(
+        config, this_machine(config), memory=memory, host=host, servers=local, files=files
+    )
     return Explanation(
         config=config,
         missing=missing,
@@ -101,6 +106,7 @@ def explain(
         ranks=all_ranks(config),
         parameters=parameters,
         memory=memory,
+        host=host,
         servers=servers,
         steps=tuple(steps),
         files=files,

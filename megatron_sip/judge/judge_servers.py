@@ -16,7 +16,7 @@ from megatron_sip.judge.cache import Cache
 from megatron_sip.judge.novelty import Novelty
 from megatron_sip.judge.prompts import check_form, load_prompt
 from megatron_sip.judge.served_model import ServedModel
-from megatron_sip.serving.fleet import FleetWatch, text_fleet
+from megatron_sip.serving.text_fleet import text_fleet
 
 
 @dataclass(frozen=True)
@@ -88,17 +88,10 @@ def novelty_of(config: Config, tokenizer: Tokenizer | None) -> Novelty | None:
 
 @contextmanager
 def open_servers(
-    config: Config,
-    *,
-    log_dir: Path,
-    on_wait: Callable[[str, float], None],
-    on_death: Callable[[str], None],
+    config: Config, *, log_dir: Path, say: Callable[[str], None]
 ) -> Iterator[JudgeServers]:
-    """The judges' servers and the cache of verdicts.
+    """The judges' servers and the cache of verdicts; arguments as those of `text_fleet`.
 
-    Args:   log_dir: for the servers' logs. on_wait: called every 5 s with a server's name and the
-            seconds so far. on_death: told why, if a started server dies; the process ends then
-            with status 1.
     Raises: ValueError as `judge_server_names`; ServerFailed if one does not come up.
     """
     from megatron_sip.services import served_model  # torch comes with it, so not before it is used
@@ -108,7 +101,6 @@ def open_servers(
     with ExitStack() as stack:
         cache = Cache(config.judge.cache_dir)
         stack.callback(cache.close)
-        fleet = stack.enter_context(text_fleet(config, names, log_dir=log_dir, on_wait=on_wait))
-        stack.callback(FleetWatch(fleet, report=on_death).close)
+        fleet = stack.enter_context(text_fleet(config, names, log_dir=log_dir, say=say))
         endpoints = fleet.endpoints
         yield JudgeServers({n: served_model(config, n, endpoints[n]) for n in names}, cache)

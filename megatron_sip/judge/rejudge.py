@@ -8,7 +8,6 @@ at all.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -133,7 +132,7 @@ def rejudge(
     *,
     output: Path,
     log_dir: Path,
-    on_wait: Callable[[str, float], None],
+    say: Callable[[str], None],
     watch: Watch,
     publish: Callable[[Results, Path], None],
 ) -> Results:
@@ -147,15 +146,7 @@ def rejudge(
     prepared, results = prepare(config, task), Results()
     with ExitStack() as stack:
         temporary = stack.enter_context(atomic_file(output)) if prepared.parts else None
-
-        def on_death(reason: str) -> None:
-            print(f"error: {reason}", file=sys.stderr, flush=True)
-            if temporary is not None:
-                temporary.unlink(missing_ok=True)
-
-        opened = stack.enter_context(
-            open_servers(config, log_dir=log_dir, on_wait=on_wait, on_death=on_death)
-        )
+        opened = stack.enter_context(open_servers(config, log_dir=log_dir, say=say))
         if task.calibration is not None:
             _calibrate(config, task.calibration, prepared, opened, results)
         if temporary is not None:

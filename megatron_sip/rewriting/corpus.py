@@ -33,7 +33,7 @@ from megatron_sip.rewriting.shards import SHARD_SAMPLES, Shards
 from megatron_sip.rewriting.unsafe import UnsafeDocuments
 from megatron_sip.services import served_model
 from megatron_sip.serving.client import Endpoint
-from megatron_sip.serving.fleet import text_fleet
+from megatron_sip.serving.text_fleet import text_fleet
 from megatron_sip.types import SipSample
 
 ENOUGH = 20  # samples, before the share of failures means something
@@ -64,11 +64,11 @@ def rewrite_corpus(
     config: Config,
     settings: Pass,
     *,
-    on_wait: Callable[[str, float], None] = lambda name, seconds: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Counter[str]:
     """Ask for every rewrite that is not there yet.
 
-    Args:    on_wait: called every 5 s with the server's name and the seconds so far.
+    Args:    say: told when the server is started, waited for or started anew.
     Returns: outcomes of all samples of the pass, earlier ones included.
     Raises:  ValueError if recipe, data or output contradict the pass; RewritesFailed,
              RewriterFailed or ServerFailed if the server does not do its work. Whole shards stay.
@@ -88,7 +88,7 @@ def rewrite_corpus(
         )
         if shards.pending:
             with _open_rewriter(
-                config, server, tokenizer, log_dir=settings.output / "logs", on_wait=on_wait
+                config, server, tokenizer, log_dir=settings.output / "logs", say=say
             ) as rewriter:
                 _write_all(shards, rewriter, config, sampler, tokenizer, unsafe=unsafe,
                            max_failed=settings.max_failed)  # fmt: skip
@@ -157,13 +157,13 @@ def _open_rewriter(
     tokenizer: Tokenizer,
     *,
     log_dir: Path,
-    on_wait: Callable[[str, float], None],
+    say: Callable[[str], None],
 ) -> Iterator[Rewriter]:
     """The recipe's rewriter, with its server started or reached."""
     assert config.rewriter is not None and config.judge is not None
     name = config.rewriter.server
     with ExitStack() as stack:
-        fleet = stack.enter_context(text_fleet(config, [name], log_dir=log_dir, on_wait=on_wait))
+        fleet = stack.enter_context(text_fleet(config, [name], log_dir=log_dir, say=say))
         cache = Cache(config.judge.cache_dir)
         stack.callback(cache.close)
         yield Rewriter(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import tempfile
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,13 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 PADDING = "padding"
 ALIGNMENT = 64
+NUM_SLOTS = 2
+
+
+def shared_memory() -> Path:
+    """Where files are memory; on a system without, the folder of temporary files."""
+    folder = Path("/dev/shm")
+    return folder if folder.is_dir() else Path(tempfile.gettempdir())
 
 
 @dataclass(frozen=True)
@@ -57,32 +65,44 @@ class Layout:
         return sum(place.end - place.begin for place in self.places)
 
 
-def plan_buckets(
-    tensors: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], limit_bytes: int
-) -> tuple[tuple[Layout, ...], int]:
-    """Group a stream into buckets of at most `limit_bytes`; a larger tensor stands alone.
+Described = tuple[str, torch.dtype, tuple[int, ...]]
+"""A tensor's name, dtype and shape."""
+
+
+def grouped(tensors: Iterable[Described], limit_bytes: int) -> Iterator[list[Described]]:
+    """The stream in buckets of at most `limit_bytes`; a larger tensor stands alone."""
+    group: list[Described] = []
+    size = 0
+    for tensor in tensors:
+        needed = num_bytes([tensor])
+        if group and size + needed > limit_bytes:
+            yield group
+            group, size = [], 0
+        group.append(tensor)
+        size += needed
+    if group:
+        yield group
+
+
+def num_bytes(tensors: Iterable[Described]) -> int:
+    """Of all their elements."""
+    return sum(dtype.itemsize * prod(shape) for _, dtype, shape in tensors)
+
+
+def plan_buckets(tensors: Iterable[Described], limit_bytes: int) -> tuple[tuple[Layout, ...], int]:
+    """Lay out a stream in files.
 
     Returns: the buckets, and the size of a file that holds any of them.
     """
-    groups: list[list[tuple[str, torch.dtype, tuple[int, ...]]]] = []
-    size = limit_bytes + 1
-    for name, dtype, shape in tensors:
-        num_bytes = dtype.itemsize * prod(shape)
-        if size + num_bytes > limit_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append((name, dtype, shape))
-        size += num_bytes
-    lengths = [sum(d.itemsize * prod(s) for _, d, s in group) for group in groups]
+    groups = list(grouped(tensors, limit_bytes))
+    lengths = [num_bytes(group) for group in groups]
     head = max((len(_header(group, 0, 2**62)) for group in groups), default=8)
     start = -(-head // ALIGNMENT) * ALIGNMENT
     file_size = start + max(lengths, default=0)
     return tuple(_layout(group, start, file_size) for group in groups), file_size
 
 
-def _header(
-    group: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], length: int, file_size: int
-) -> bytes:
+def _header(group: Sequence[Described], length: int, file_size: int) -> bytes:
     """Header of a safetensors file with these tensors and the padding.
 
     Args: length: bytes that it shall have; 0: what it needs.
@@ -100,15 +120,13 @@ def _header(
 
 
 def _by_size(
-    group: Sequence[tuple[str, torch.dtype, tuple[int, ...]]],
-) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    group: Sequence[Described],
+) -> list[Described]:
     """Large elements first, so that all are aligned."""
     return sorted(group, key=lambda tensor: -tensor[1].itemsize)
 
 
-def _layout(
-    group: Sequence[tuple[str, torch.dtype, tuple[int, ...]]], start: int, file_size: int
-) -> Layout:
+def _layout(group: Sequence[Described], start: int, file_size: int) -> Layout:
     places, at = {}, start
     for name, dtype, shape in _by_size(group):
         places[name] = Place(name, dtype, shape, at)

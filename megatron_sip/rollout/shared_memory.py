@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_sip.rollout.bucket_file import Layout, Slot, plan_buckets
+from megatron_sip.rollout.bucket_file import NUM_SLOTS, Layout, Slot, plan_buckets, shared_memory
 from megatron_sip.rollout.control import ControlClient, WeightExchangeFailed
 from megatron_sip.rollout.digest import bytes_digest
 from megatron_sip.rollout.ledger import Announcement, Receipt, Whole
@@ -28,8 +28,6 @@ from megatron_sip.rollout.receiver import receipt_path
 from megatron_sip.rollout.weight_source import MegatronWeightSource
 from megatron_sip.rollout.weight_transfer import Walk
 from megatron_sip.serving.sessions import TEMP_PREFIX
-
-NUM_SLOTS = 2
 
 
 class SharedMemorySender:
@@ -45,12 +43,8 @@ class SharedMemorySender:
         self._workers: dict[str, int] = {}  # of each server
         self.seconds = {"transport": 0.0, "digest": 0.0, "apply": 0.0}  # of the last send
         if control is not None:
-            shared = Path("/dev/shm")
-            self._root = Path(
-                tempfile.mkdtemp(
-                    prefix=f"{TEMP_PREFIX}{os.getpid()}-", dir=shared if shared.is_dir() else None
-                )
-            )
+            prefix = f"{TEMP_PREFIX}{os.getpid()}-"
+            self._root = Path(tempfile.mkdtemp(prefix=prefix, dir=shared_memory()))
 
     @property
     def root(self) -> Path | None:

@@ -71,9 +71,11 @@ class VllmEngine:
         max_tokens: int,
         concurrency: int,
         timeout_s: float,
+        vocab_size: int | None = None,
     ) -> None:
+        """Args: vocab_size: ids that the policy knows; None: as many as the tokenizer has."""
         self.endpoints = tuple(endpoints)  # in the order of rollout.server; new after a restart
-        self._tokenizer = tokenizer
+        self._tokenizer, self._vocab_size = tokenizer, vocab_size
         self._sampling = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
         self._max_tokens, self._concurrency, self._timeout_s = max_tokens, concurrency, timeout_s
         self.weight_version = ""  # set by the weight exchange; "" while nothing is published
@@ -193,7 +195,9 @@ class VllmEngine:
             raise _refused(server, "log-probs do not belong to the returned tokens")
         if not 0 < len(ids) <= self._max_tokens or not all(map(math.isfinite, logprobs)):
             raise _refused(server, f"{len(ids)} tokens with log-probs {logprobs.tolist()}")
-        _, text = self._tokenizer.continuation_text(sample.prefix_ids, ids)
+        _, text = self._tokenizer.continuation_text(
+            sample.prefix_ids, ids, model_vocab_size=self._vocab_size
+        )
         return Candidate(
             "rollout", ids, text, logprobs, policy_version_of(self.weight_version),
             choice["finish_reason"],

@@ -1,19 +1,16 @@
-"""All servers of a run, as rank 0 owns them: start together, watch, restart one, end all."""
+"""All servers of a run, as rank 0 owns them: start together, watch, start one anew, end all."""
 
 from __future__ import annotations
 
 import logging
-import os
 import socket
-import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from megatron_sip.config import Config, ConnectServer, StartServer, api_key
+from megatron_sip.config import ConnectServer, StartServer, api_key
 from megatron_sip.serving.adoption import (
     Handover,
     fits,
@@ -25,13 +22,14 @@ from megatron_sip.serving.adoption import (
 from megatron_sip.serving.client import Endpoint
 from megatron_sip.serving.exposure import check_guarded
 from megatron_sip.serving.health import ServerFailed, probe_named
-from megatron_sip.serving.processes import POLL_S, ServerProcess, Watchdog, reserve_port
+from megatron_sip.serving.processes import ServerProcess, Watchdog, reserve_port
 from megatron_sip.serving.server import server_command
 from megatron_sip.supervision.monitor import PeerLost
 
 log = logging.getLogger(__name__)
 
 CONNECT_TIMEOUT_S = 60.0
+POLL_S = 0.25
 WATCH_S = 1.0
 PROGRESS_S = 5.0
 
@@ -137,15 +135,6 @@ class Fleet:
         """Start the watchdog anew if somebody killed it."""
         if self._watchdog and self._watchdog.ensure():
             self._note_all()
-
-    def restart(self, name: str) -> Endpoint:
-        """`relaunch`, and wait.
-
-        Raises: ServerFailed as `wait`.
-        """
-        self.relaunch(name)
-        self._running[name].wait_healthy(self._starts[name].startup_timeout_s)
-        return self.endpoints[name]
 
     @property
     def local(self) -> dict[str, StartServer]:
@@ -263,61 +252,3 @@ class Fleet:
         if not lacks and name in self._policy:
             check_guarded(name, remote.url)
         return not lacks
-
-
-@contextmanager
-def text_fleet(
-    config: Config,
-    names: Sequence[str],
-    *,
-    log_dir: Path,
-    on_wait: Callable[[str, float], None],
-) -> Iterator[Fleet]:
-    """These servers of a recipe, started or reached, for a tool that needs no policy.
-
-    Args:   log_dir: for the logs of started ones. on_wait: called every 5 s with a server's name
-            and the seconds so far.
-    Raises: ServerFailed if one does not come up.
-    """
-    chosen = {name: config.servers[name] for name in names}
-    folders = {n: Path(s.model) for n, s in chosen.items() if isinstance(s, StartServer)}
-    log_dir.mkdir(parents=True, exist_ok=True)
-    with Fleet(
-        chosen,
-        model_dirs=folders,
-        log_dir=log_dir,
-        platform_kind=config.platform.kind,
-        policy=(),
-        weight_transfer="",
-    ) as fleet:
-        fleet.wait(on_wait)
-        yield fleet
-
-
-class FleetWatch:
-    """A thread that ends this process when a local server dies.
-
-    Requests to a dead server would be retried until their deadlines, and the other ranks wait in
-    collectives meanwhile; a process that is gone makes torchrun end them all at once.
-    """
-
-    def __init__(self, fleet: Fleet, *, report: Callable[[str], None]) -> None:
-        """Args: report: told why, before the process exits with status 1."""
-        self._fleet, self._report = fleet, report
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="fleet watch", daemon=True)
-        self._thread.start()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(WATCH_S):
-            try:
-                self._fleet.check()
-            except ServerFailed as failure:
-                self._report(str(failure))
-                self._fleet.close()
-                os._exit(1)
-
-    def close(self) -> None:
-        """Stop watching; before the fleet is closed."""
-        self._stop.set()
-        self._thread.join()

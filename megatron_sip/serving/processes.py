@@ -22,7 +22,6 @@ from megatron_sip.serving.watchdog import Watchdog
 
 __all__ = ["ServerProcess", "Watchdog", "free_port", "reserve_port"]
 
-POLL_S = 0.25
 SETTLE_S = 0.3
 SOCKET_DIR_CHARACTERS = 48  # vLLM's sockets lie deeper; a socket path has 107 at most
 
@@ -119,14 +118,6 @@ class ServerProcess:
         self._helpers = [p for p in found if p and sessions.read_process(p.pid) == p]
         self.check()
         return True
-
-    def wait_healthy(self, timeout_s: float) -> None:
-        """Wait until the server is up. Raises: ServerFailed if it dies, is wrong, or is late."""
-        deadline = time.monotonic() + timeout_s
-        while not self.healthy():
-            if time.monotonic() > deadline:
-                raise self.late(timeout_s)
-            time.sleep(POLL_S)
 
     def late(self, timeout_s: float) -> ServerFailed:
         """End the server; the error to raise because it was not up within `timeout_s` seconds."""

@@ -21,9 +21,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from megatron_sip.serving.client import Endpoint
-from megatron_sip.serving.fleet import PROGRESS_S, WATCH_S, Fleet
+from megatron_sip.serving.fleet import POLL_S, PROGRESS_S, WATCH_S, Fleet
 from megatron_sip.serving.health import ServerFailed, probe
-from megatron_sip.serving.processes import POLL_S
 from megatron_sip.supervision.heartbeat import Heart
 
 log = logging.getLogger(__name__)

@@ -18,11 +18,12 @@ from pathlib import Path
 from megatron_sip.checkpoint_files import find_last
 from megatron_sip.publish import atomic_write
 from megatron_sip.serving.sessions import start_time
+from megatron_sip.supervision import run_lock
 from megatron_sip.supervision.heartbeat import culprits, read_records
 
 FILE = "launch.json"
 RECORDS = "ranks"
-KEPT = (FILE, RECORDS, "logs", "servers")
+KEPT = (FILE, RECORDS, run_lock.FILE, "logs", "servers")
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Quantised folders of models with experts: every matrix but routers and head, within FP8's error."""
+"""Quantised folders of models with experts: all matrices but routers and head, to FP8's error."""
 
 from __future__ import annotations
 

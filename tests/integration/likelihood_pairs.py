@@ -35,7 +35,7 @@ from megatron_sip.judge.prompts import load_prompt  # noqa: E402
 from megatron_sip.judge.text_model import JudgeTokenizer  # noqa: E402
 from megatron_sip.recipe import load_config  # noqa: E402
 from megatron_sip.serving.client import Endpoint, HttpClient  # noqa: E402
-from megatron_sip.serving.fleet import text_fleet  # noqa: E402
+from megatron_sip.serving.text_fleet import text_fleet  # noqa: E402
 
 NAME, KEY_VARIABLE = "pairs", "MEGATRON_SIP_PAIRS_JUDGE_KEY"
 PROMPT = "quality_pairwise_v2"
@@ -112,7 +112,7 @@ def pairwise_overrides(
     config = load_config(recipe, tuple(overrides))
     assert config.judge is not None
     folder = Path(config.servers["judge"].model)
-    with text_fleet(config, ["judge"], log_dir=log_dir, on_wait=lambda name, s: None) as fleet:
+    with text_fleet(config, ["judge"], log_dir=log_dir, say=print) as fleet:
         endpoint = fleet.endpoints["judge"]
         judge = LikelihoodPairs(endpoint, folder)
         with scripted_server(judge.answer, model=NAME) as url:

@@ -12,7 +12,7 @@ from megatron_sip.judge.cache import Cache
 from megatron_sip.judge.judge import Judge
 from megatron_sip.recipe import load_config
 from megatron_sip.services import served_model
-from megatron_sip.serving.fleet import text_fleet
+from megatron_sip.serving.text_fleet import text_fleet
 
 pytestmark = pytest.mark.full
 CLASSES = 3
@@ -57,9 +57,7 @@ def test_scores_of_both_routes_are_the_model_s(workplace, model):
     )
     config = load_config(recipe)
     cache = Cache(config.judge.cache_dir)
-    with text_fleet(
-        config, ["reward"], log_dir=workplace.folder / "logs", on_wait=lambda name, s: None
-    ) as fleet:
+    with text_fleet(config, ["reward"], log_dir=workplace.folder / "logs", say=print) as fleet:
         served = served_model(config, "reward", fleet.endpoints["reward"])
         judge = Judge(
             config.judge.criteria, servers={"reward": served}, cache=cache, settings=config.judge,

@@ -93,7 +93,8 @@ def test_a_fault_is_found_before_a_token_is_used(number, fault, fleet, models, t
             engine.generate(samples(), 1, seed=1, step=0)
     finally:
         sender.close()
-        fleet.restart("policy")
+        fleet.relaunch("policy")
+        fleet.wait()
 
 
 def resume(server):

@@ -98,6 +98,7 @@ def test_a_judge_that_fails_stops_the_run_and_gives_no_reward(workplace, launch,
     without_rewriter = {k: v for k, v in SIP.items() if k != "rewriter"}
     run = one_rank(workplace, launch, without_rewriter, "badjudge", **changes)
     error = failure(run)
+    assert error.startswith("evaluating the start policy on ")
     assert "judge server judge: " in error and "verdicts are missing" in error
     assert "HTTP 400: out of order" in error and "judge.max_missing_rate is 5.0%" in error
     assert not list((run.run_dir / "pools").iterdir())

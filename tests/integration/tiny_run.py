@@ -19,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ import tomli_w
 
 ROOT = Path(__file__).parents[2]
 MARK = "MEGATRON_SIP_TEST_RUN"
+PIECES = 512
 JUDGE_SHAPE = {"num_layers": 2, "hidden_size": 128, "ffn_hidden_size": 128}
 HEADS = {"num_attention_heads": 4, "num_query_groups": 2}  # vLLM on CPU: heads of 32 or more
 
@@ -243,6 +245,25 @@ def run_tool(name: str, *arguments: str) -> None:
     command = [sys.executable, str(ROOT / "tools" / name), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert done.returncode == 0, done.stderr
+
+
+def make_workplace(folder: Path, texts: Mapping[str, str]) -> Workplace:
+    """Tokenizer, datasets and judge in a folder, made by the real tools.
+
+    Args: texts: documents by name.
+    """
+    (folder / "text").mkdir()
+    for name, text in texts.items():
+        (folder / "text" / f"{name}.txt").write_text(text, encoding="utf-8")
+    found, tokenizer = str(folder / "text" / "*.txt"), str(folder / "tokenizer.model")
+    run_tool(
+        "train_tokenizer.py", "--input", found, "--vocab-size", str(PIECES), "--output", tokenizer
+    )
+    run_tool(
+        "preprocess_data.py", "--input", found, "--tokenizer", tokenizer, "--output-prefix",
+        str(folder / "tiny"), "--split", "train=60,validation=20,test=20",
+    )  # fmt: skip
+    return Workplace(folder, make_judge(folder / "judge"))
 
 
 def make_judge(folder: Path, *, labels: tuple[str, ...] = ()) -> Path:

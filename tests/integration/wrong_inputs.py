@@ -125,6 +125,12 @@ def _used(folder: Path) -> None:
     (folder / "runs" / "used" / "notes.txt").touch()
 
 
+def _held(folder: Path) -> None:
+    from megatron_sip.supervision.run_lock import hold
+
+    hold(folder / "runs" / "held")
+
+
 def _stopped(name: str, **files: str) -> Callable[[Path], None]:
     """A run directory with its recipe and `files`."""
 
@@ -208,6 +214,7 @@ FILES = (
     Case("another number of ranks", environment=(("WORLD_SIZE", "2"),)),
     Case("no torchrun", environment=(("RANK", ""),)),
     Case("run folder in use", ("run.dir=runs/used",), prepare=_used),
+    Case("run folder of a run that goes on", ("run.dir=runs/held",), prepare=_held),
     Case("run folder is a file", ("run.dir=tokenizer.model",)),
     Case("tokenizer missing", ("data.tokenizer=gone.model",)),
     Case("tokenizer of another kind", ("data.tokenizer=judge/tokenizer.json",)),
@@ -250,7 +257,7 @@ FILES = (
 )  # fmt: skip
 SIZES = (
     Case("judge's questions too long", ("servers.judge.max_model_len=20",), quick=False),
-    Case("too little memory", ("model.num_layers=200000",), quick=False),
+    Case("too little memory", ("model.num_layers=200000", "rollout.bucket_mib=1"), quick=False),
     Case("too little disk", quick=False, overrides=(
         "run.steps=3000000", "checkpoint.interval=1", "checkpoint.keep_last=3000000")),
 )  # fmt: skip

@@ -12,6 +12,8 @@ REFERENCE = "tests/distributed/test_reference.py"
 CHECKPOINT = "tests/distributed/test_checkpoint.py"
 HEAD_RANKS = "tests/distributed/test_loss_head_parallel.py"
 CONVERSION = "tests/distributed/test_conversion.py"
+RESHARDING = "tests/distributed/test_resharding.py"
+FAMILIES = "tests/distributed/test_families.py"
 
 
 @dataclass(frozen=True)
@@ -196,6 +198,22 @@ MUTATIONS = (
     Mutation("padding of the vocabulary has a part in the softmax", "loss_head.py",
              "ctx.used = max(0, min(len(weight), vocabulary - first))", "ctx.used = len(weight)",
              HEAD, "padding"),
+    Mutation("experts are numbered from 0 on every rank", "model.py",
+             "parts[at] = str(first + int(parts[at]))", "parts[at] = parts[at]",
+             FAMILIES, "DP2EP2"),
+    Mutation("vLLM keeps its kernels of experts over an update", "rollout/shared_memory_worker.py",
+             "        forget_expert_kernels(self.model)\n", "",
+             "tests/integration/test_expert_run.py"),
+    Mutation("every expert is taken from the first replica", "convert/names.py",
+             "return entry.expert // (model.experts.num_experts // expert_size)", "return 0",
+             FAMILIES, "DP2EP2"),
+    Mutation("only all experts together have the optimizer's keys", "checkpoint.py",
+             '"chained_optim_avoid_prefix": True', '"chained_optim_avoid_prefix": False',
+             RESHARDING, "another_layout and (DP2 or together)"),
+    Mutation("the step count is another where experts part from the rest", "optimizer.py",
+             '{"is_expert_parallel": mine["is_expert_parallel"]}',
+             '{"is_expert_parallel": mine["is_expert_parallel"], "step": 50}',
+             RESHARDING, "another_layout and (DP2 or together)"),
     Mutation("padding of the vocabulary is exported", "rollout/weight_source.py",
              "if entry.padded:", "if False:", CONVERSION, "folder_read and TP2PP2"),
     Mutation("long waves are not slowed down", "model.py",
@@ -204,6 +222,24 @@ MUTATIONS = (
     Mutation("keys and values of a slice exchanged", "convert/names.py",
              "torch.cat(grouped, dim=1)", "torch.cat(grouped[:1] + grouped[:0:-1], dim=1)",
              CONVERSION, "folder_read and TP2PP2"),
+    Mutation("a child keeps a dead run's folder", "supervision/run_lock.py",
+             "os.register_at_fork(after_in_child=lambda: os.close(lock))", "pass",
+             "tests/unit/test_run_lock.py"),
+    Mutation("two launches share a run's folder", "supervision/run_lock.py",
+             "    except BlockingIOError:\n        return False",
+             "    except BlockingIOError:\n        return True", "tests/unit/test_run_lock.py"),
+    Mutation("a rollout with an id that the tokenizer lacks ends the run", "rollout/vllm_engine.py",
+             "model_vocab_size=self._vocab_size", "model_vocab_size=None",
+             "tests/unit/test_vllm_engine.py"),
+    Mutation("a space after an id without a piece is lost", "data/tokenizer.py",
+             'before = self.encode("a")', "before = []", "tests/unit/test_data_tokenizer.py"),
+    Mutation("an id behind the vocabulary is taken for a common pair", "data/frequencies.py",
+             " & (ids[1:] < self.vocab_size)", "", "tests/unit/test_judge_novelty.py"),
+    Mutation("--explain forgets a slot of shared memory", "explain/host.py",
+             "NUM_SLOTS * max", "max", "tests/distributed/test_explain_host.py"),
+    Mutation("--explain forgets that old checkpoints keep pools", "explain/files.py",
+             "gone = max(gone, min(oldest, step - keep))", "gone = max(gone, step - keep)",
+             "tests/unit/test_explain_host.py"),
     Mutation("unknown parameter of a folder is passed over", "convert/load.py",
              "    if unknown:", "    if False:", "tests/unit/test_conversion_tensors.py"),
 )  # fmt: skip

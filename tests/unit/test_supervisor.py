@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ import pytest
 from megatron_sip.config import StartServer
 from megatron_sip.serving import fleet as fleet_module
 from megatron_sip.serving import supervisor as supervisor_module
+from megatron_sip.serving import text_fleet as text_fleet_module
 from megatron_sip.serving.fleet import Fleet
 from megatron_sip.serving.health import ServerFailed
 from megatron_sip.serving.supervisor import Supervisor
+from megatron_sip.serving.text_fleet import text_fleet
 from megatron_sip.supervision.heartbeat import Heart
 
 FAKE = str(Path(__file__).with_name("fake_server_process.py"))
@@ -150,6 +153,29 @@ def test_one_that_never_comes_up_is_tried_once_more_only(start: Any) -> None:
     run = start(max_restarts=5, judge="crash")
     with pytest.raises(ServerFailed, match=r"exited with code 3 \(started anew 1 times"):
         run.supervisor.settle()
+
+
+def test_a_tools_server_comes_back_and_is_not_waited_for_once_its_restarts_are_spent(
+    start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert start  # the fake command
+    heart, said = Heart(), []
+    monkeypatch.setattr(text_fleet_module, "HEART", heart)
+    judge = StartServer(kind="start", model=tmp_path, max_model_len=64, max_restarts=1)
+    config: Any = SimpleNamespace(servers={"judge": judge}, platform=SimpleNamespace(kind="cpu"))
+    with text_fleet(config, ["judge"], log_dir=tmp_path / "logs", say=said.append) as fleet:
+        before, first = fleet.endpoints["judge"], fleet._running["judge"]
+        for again in (1, 0):
+            os.kill(fleet._running["judge"].pid, signal.SIGKILL)
+            deadline = time.monotonic() + 15
+            while not (heart.is_gone("judge") if not again else "1 of 1 restarts" in said[-1]):
+                assert time.monotonic() < deadline, said
+                time.sleep(0.05)
+            while again and (fleet._running["judge"] is first or not fleet.ready("judge", 0.0)):
+                assert time.monotonic() < deadline, said
+                time.sleep(0.05)
+        assert fleet.endpoints["judge"] == before
+    assert said[0] == f"starting server judge, log {tmp_path}/logs/judge.log"
 
 
 @pytest.mark.full

@@ -45,7 +45,7 @@ def choice_of(index, ids, **changes):
     } | changes
 
 
-def engine_of(urls, tokenizer, *, version=VERSION):
+def engine_of(urls, tokenizer, *, version=VERSION, vocab_size=None):
     """Clients of servers "roll", "roll1", ..."""
     engine = VllmEngine(
         [Endpoint(f"roll{i or ''}", url, "policy") for i, url in enumerate(urls)],
@@ -55,6 +55,7 @@ def engine_of(urls, tokenizer, *, version=VERSION):
         max_tokens=6,
         concurrency=4,
         timeout_s=5.0,
+        vocab_size=vocab_size,
     )
     engine.weight_version = version
     return engine
@@ -91,6 +92,20 @@ def test_text_is_what_the_tokens_add_to_the_prefix(tokenizer):
     with scripted_server(lambda path, body: {"choices": [choice_of(0, [last])]}) as url:
         ((candidate,),) = generate(url, tokenizer, [sample], 1)
     assert candidate.text == "é"
+
+
+def test_an_id_that_only_the_policy_knows_stays_in_the_ids_and_one_that_it_does_not_is_refused(
+    tokenizer,
+):
+    ids = [*tokenizer.encode(" union"), tokenizer.vocab_size + 3]
+    with scripted_server(lambda path, body: {"choices": [choice_of(0, ids)]}) as url:
+        engine = engine_of([url], tokenizer, vocab_size=tokenizer.vocab_size + 4)
+        (((candidate,),)) = engine.generate([sample_of(tokenizer)], 1, seed=1, step=0)
+        for size in (tokenizer.vocab_size + 3, None):
+            engine = engine_of([url], tokenizer, vocab_size=size)
+            with pytest.raises(BadReply, match=r"^roll: malformed reply: .* must lie in"):
+                engine.generate([sample_of(tokenizer)], 1, seed=1, step=0)
+    assert (candidate.token_ids.tolist(), candidate.text) == (ids, " union\ufffd")
 
 
 def test_every_sample_is_one_request_of_token_ids_with_its_own_seed(tokenizer):

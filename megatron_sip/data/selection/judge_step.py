@@ -21,7 +21,7 @@ from megatron_sip.judge.judge import Judge
 from megatron_sip.judge.prompts import load_prompt
 from megatron_sip.judge.servers import JudgeFailed
 from megatron_sip.services import served_model
-from megatron_sip.serving.fleet import text_fleet
+from megatron_sip.serving.text_fleet import text_fleet
 from megatron_sip.types import Candidate, CandidatePool, SipSample
 
 _NOTHING = np.zeros(0, np.int32)
@@ -111,12 +111,12 @@ def _pool(number: int, text: str) -> CandidatePool:
 
 @contextmanager
 def open_judge(
-    config: Config, name: str, *, log_dir: Path, on_wait: Callable[[str, float], None]
+    config: Config, name: str, *, log_dir: Path, say: Callable[[str], None]
 ) -> Iterator[tuple[Judge, dict[str, Any]]]:
     """The judge of one criterion of a recipe, with its server started or reached.
 
-    Args:   name: of a pointwise criterion. log_dir: for the server's log. on_wait: called every 5 s
-            with the server's name and the seconds so far.
+    Args:   name: of a pointwise criterion. log_dir: for the server's log. say: told when the server
+            is started, waited for or started anew.
     Yields: (judge, what its scores depend on).
     Raises: ValueError if there is no such criterion; ServerFailed if its server does not come up.
     """
@@ -129,9 +129,7 @@ def open_judge(
             f"{', '.join(pointwise) or 'none'}"
         )
     with ExitStack() as stack:
-        fleet = stack.enter_context(
-            text_fleet(config, criterion.servers, log_dir=log_dir, on_wait=on_wait)
-        )
+        fleet = stack.enter_context(text_fleet(config, criterion.servers, log_dir=log_dir, say=say))
         cache = Cache(config.judge.cache_dir)
         stack.callback(cache.close)
         models = {n: served_model(config, n, fleet.endpoints[n]) for n in criterion.servers}

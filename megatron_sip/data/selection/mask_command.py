@@ -9,6 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,15 +166,7 @@ def _judge(args: argparse.Namespace, stack: ExitStack) -> Any:
     from megatron_sip.data.selection.judge_step import open_judge
     from megatron_sip.recipe import load_config
 
-    def on_wait(name: str, seconds: float) -> None:
-        print(
-            f"waiting for server {name}: {seconds:.0f} s, log {args.logs / name}.log",
-            file=sys.stderr,
-        )
-
-    config = load_config(args.judge)
-    found = stack.enter_context(
-        open_judge(config, args.criterion, log_dir=args.logs, on_wait=on_wait)
-    )
+    config, say = load_config(args.judge), partial(print, file=sys.stderr)
+    found = stack.enter_context(open_judge(config, args.criterion, log_dir=args.logs, say=say))
     assert config.judge is not None
     return *found, config.judge.max_missing_rate
