@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+import torch
 from judge_helpers import make_model_folder
 
 from megatron_sip import checkpoint_files
 from megatron_sip.config_model import Model, RopeScaling
+from megatron_sip.convert.checkpoints import write_description, write_tokenizer
 from megatron_sip.convert.families import SpecialIds, describe
 from megatron_sip.convert.hf_folder import (
     agreement_problems,
@@ -20,6 +22,7 @@ from megatron_sip.convert.hf_folder import (
     special_ids,
 )
 from megatron_sip.data.tokenizer import Tokenizer
+from megatron_sip.data.tokenizer_training import train_tokenizer
 
 MODEL = Model(num_layers=2, hidden_size=8, ffn_hidden_size=12, num_attention_heads=2,
               num_query_groups=1, max_sequence_length=16)  # fmt: skip
@@ -95,3 +98,21 @@ def test_manifest_without_the_newer_fields_is_of_a_llama(tmp_path: Path) -> None
         wanted = checkpoint_files.model_identity(model, vocab_size=7, tokenizer_digest="d")
         with pytest.raises(ValueError, match=f"was made with {name} = "):
             checkpoint_files.check_identity(tmp_path, wanted)
+
+
+def test_a_tokenizer_of_ours_is_read_by_transformers_with_the_same_ids(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    texts = ["The state of the Union.\n", "  two  spaces, naïve", "日本 😀\ttab"]
+    file, folder = tmp_path / "words.model", tmp_path / "hf"
+    train_tokenizer(iter(texts * 50), vocab_size=300, output=file)
+    ours = Tokenizer.load(file)
+    folder.mkdir()
+    write_tokenizer(file, folder)
+    write_description(folder, MODEL, vocab_size=300, eos=ours.eod, dtype=torch.float32)
+    found = AutoTokenizer.from_pretrained(folder)
+    assert (len(found), found.eos_token_id) == (ours.vocab_size, ours.eod)
+    for text in texts:
+        ids = ours.encode(text)
+        assert found.encode(text) == list(ids)
+        assert found.decode(ids) == ours.decode(ids)
