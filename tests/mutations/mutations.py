@@ -236,7 +236,7 @@ MUTATIONS = (
     Mutation("an id behind the vocabulary is taken for a common pair", "data/frequencies.py",
              " & (ids[1:] < self.vocab_size)", "", "tests/unit/test_judge_novelty.py"),
     Mutation("--explain forgets a slot of shared memory", "explain/host.py",
-             "NUM_SLOTS * max", "max", "tests/distributed/test_explain_host.py"),
+             "NUM_SLOTS * max", "max", "tests/distributed/test_host_needs.py"),
     Mutation("--explain forgets that old checkpoints keep pools", "explain/files.py",
              "gone = max(gone, min(oldest, step - keep))", "gone = max(gone, step - keep)",
              "tests/unit/test_explain_host.py"),
