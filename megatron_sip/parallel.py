@@ -38,7 +38,7 @@ class Ranks:
     pp_size: int
     dp_rank: int
     dp_size: int
-    ep_size: int = 1
+    ep_size: int
 
     @property
     def is_main(self) -> bool:
