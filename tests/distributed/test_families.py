@@ -12,12 +12,19 @@ from test_parity import assert_like_plain
 from workers import Layout, Workers
 
 ONE = Layout()
-MORE = [ONE, Layout(tp=2), Layout(pp=2), Layout(dp=2), Layout(tp=2, dp=2)]
-EXPERT_PARALLEL = [Layout(pp=2, dp=2, ep=2), Layout(dp=4, ep=2), Layout(dp=4, ep=4)]
+MORE = [
+    ONE,
+    Layout(tp=2),
+    Layout(pp=2),
+    Layout(dp=2),
+    Layout(tp=2, dp=2),
+    Layout(dp=4, ep=2),
+    Layout(dp=4, ep=4),
+]
 LAYOUTS = [
     Layout(tp=2, pp=2),
     Layout(pp=2, dp=2),
-    *EXPERT_PARALLEL,
+    Layout(pp=2, dp=2, ep=2),
     *(pytest.param(x, marks=pytest.mark.full) for x in MORE),
 ]
 _results: dict[Layout, dict[str, dict[str, Any]]] = {}

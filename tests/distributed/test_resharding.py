@@ -11,7 +11,7 @@ import pytest
 from workers import Layout, Workers
 
 EXPERTS, DENSE = ("mixtral", "qwen3_moe"), ("qwen2", "llama3")
-Saved = dict[str, tuple[Layout, Path, dict[str, Any]]]
+Saved = tuple[Path, dict[str, Any]]
 SAVED = {
     "experts": (Layout(pp=2, dp=2, ep=2), EXPERTS),
     "experts together": (Layout(dp=2), EXPERTS[:1]),
@@ -19,28 +19,34 @@ SAVED = {
 }
 OTHER = [
     ("experts", Layout(dp=4, ep=4)),
-    ("experts", Layout(dp=2)),
     ("experts together", Layout(dp=2, ep=2)),
+]
+MORE = [  # make test-full
+    ("experts", Layout()),
+    ("experts", Layout(dp=2)),
+    ("experts", Layout(dp=4, ep=2)),
     ("dense", Layout(pp=2)),
-    *(pytest.param(*x, marks=pytest.mark.full) for x in (
-        ("experts", Layout()), ("experts", Layout(dp=4, ep=2)), ("dense", Layout(dp=2)),
-        ("dense", Layout(tp=2, pp=2)),
-    )),
-]  # fmt: skip
+    ("dense", Layout(dp=2)),
+    ("dense", Layout(tp=2, pp=2)),
+]
 
 
-@pytest.fixture(scope="module")
-def saved(workers: Workers, tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    made = {}
-    for kind, (layout, names) in SAVED.items():
+_saved: dict[str, Saved] = {}
+
+
+@pytest.fixture
+def saved(workers: Workers, tmp_path_factory: pytest.TempPathFactory, kind: str) -> Saved:
+    """Root of the checkpoints of a kind, and what came of them in the layout that made them."""
+    if kind not in _saved:
+        layout, names = SAVED[kind]
         root = tmp_path_factory.mktemp(kind)
-        made[kind] = layout, root, workers.run(layout, expert_tasks.saved, names, root)[0]
-    return made
+        _saved[kind] = root, workers.run(layout, expert_tasks.saved, names, root)[0]
+    return _saved[kind]
 
 
-@pytest.mark.parametrize("kind", SAVED)
+@pytest.mark.parametrize("kind", ["experts", pytest.param("dense", marks=pytest.mark.full)])
 def test_same_layout_goes_on_bit_for_bit(workers: Workers, saved: Saved, kind: str) -> None:
-    layout, root, expected = saved[kind]
+    layout, (root, expected) = SAVED[kind][0], saved
     found = workers.run(layout, expert_tasks.loaded, SAVED[kind][1], root)[0]
     for name, one in expected.items():
         for moment in ("saved", "learned"):
@@ -49,11 +55,13 @@ def test_same_layout_goes_on_bit_for_bit(workers: Workers, saved: Saved, kind: s
         assert any(np.any(one["saved"][t] != w) for t, w in one["learned"].items())
 
 
-@pytest.mark.parametrize(("kind", "layout"), OTHER, ids=str)
+@pytest.mark.parametrize(
+    ("kind", "layout"), [*OTHER, *(pytest.param(*x, marks=pytest.mark.full) for x in MORE)], ids=str
+)
 def test_another_layout_has_the_same_weights_and_learns_the_same(
     workers: Workers, saved: Saved, kind: str, layout: Layout
 ) -> None:
-    _, root, expected = saved[kind]
+    root, expected = saved
     found = workers.run(layout, expert_tasks.loaded, SAVED[kind][1], root)[0]
     for name, one in expected.items():
         assert found[name]["saved"].keys() == one["saved"].keys()
