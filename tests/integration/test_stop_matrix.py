@@ -35,7 +35,8 @@ def is_saving(run):
 
 def end(run, way, moment, *, interval):
     """Wait for the moment, end the run, and see that it stopped whole."""
-    wait_for(run, lambda: len(run.metrics()) > interval)
+    latest = run.run_dir / "checkpoints" / "latest"
+    wait_for(run, lambda: len(run.metrics()) > interval and latest.exists())  # there is a way back
     if moment != "step":
         wait_for(run, lambda: is_saving(run), every_s=0.002)
     WAYS[way](run)
