@@ -78,6 +78,7 @@ def test_self_improving_pretraining(way, moment, workplace, launch, pretrained):
         "model__init": {"kind": "megatron", "path": str(pretrained.run_dir)},
         "run__steps": SIP_STEPS,
         "checkpoint__interval": SIP_INTERVAL,
+        "servers__judge__max_restarts": 0,  # else the run goes on by itself: test_chaos.py
     }
     name = f"sip-{way}-{moment}"
     recipe = workplace.recipe(SIP, name, **changes)
