@@ -57,6 +57,10 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
          f"data.global_batch_size {d.global_batch_size} must be a multiple of "
          f"data.micro_batch_size x data-parallel size = "
          f"{d.micro_batch_size} x {p.data_parallel_size}"),
+        *((count >= p.data_parallel_size,
+           f"evaluation.{key} {count} must not be below the data-parallel size "
+           f"{p.data_parallel_size}: each replica evaluates one prefix at least")
+          for key, count in _evaluated(c)),
         (d.min_prefix_tokens <= d.prefix_tokens,
          f"data.min_prefix_tokens {d.min_prefix_tokens} must not exceed data.prefix_tokens "
          f"{d.prefix_tokens}"),
@@ -82,6 +86,13 @@ def _rules(c: Config) -> list[tuple[bool, str]]:
     rules += [(bool(v), f'run.task = "sip" needs a [{k}] section') for k, v in sections.items()]
     rules.append((c.curriculum is not None, 'run.task = "sip" needs a [curriculum] section'))
     return rules + _sip_rules(c) if all(holds for holds, _ in rules) else rules
+
+
+def _evaluated(c: Config) -> Iterator[tuple[str, int]]:
+    """(key, number) of the prefixes of each kind of evaluation."""
+    yield "num_prefixes", c.evaluation.num_prefixes
+    if c.evaluation.interval is not None:
+        yield "interval_prefixes", c.evaluation.interval_prefixes
 
 
 def _blends(c: Config) -> Iterator[tuple[bool, str]]:

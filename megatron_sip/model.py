@@ -131,6 +131,11 @@ def is_sliced(name: str) -> bool:
     return not name.endswith(("norm.weight", "layer_norm_weight", "router.weight"))
 
 
+def is_spread(parameter: torch.nn.Parameter) -> bool:
+    """True for an expert's under expert parallelism, as Megatron-Core marks them."""
+    return not getattr(parameter, "allreduce", True)
+
+
 def writes_into_residual(name: str) -> bool:
     """True for the row-parallel matrices: attention output and MLP down projection."""
     return _kind(name).endswith(("linear_proj.weight", "linear_fc2.weight"))

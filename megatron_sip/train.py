@@ -24,7 +24,7 @@ from megatron_sip.explain.plan import explain
 from megatron_sip.learner import StepStopped
 from megatron_sip.lifetime import Stopped, StopRequest, die_with_parent
 from megatron_sip.metrics import MetricLogger
-from megatron_sip.model import frozen_copy
+from megatron_sip.model import frozen_copy, is_spread
 from megatron_sip.parallel import Ranks
 from megatron_sip.platform import PLATFORMS
 from megatron_sip.recovery import publish, with_servers
@@ -253,7 +253,10 @@ def refuse_to_fill(run: Run) -> None:
 def first_checkpoint_bytes(run: Run) -> int:
     """Weights, and in fp32 main weights and two moments, of all model-parallel ranks."""
     module, p = run.learner.policy.module, run.config.parallel
-    held = sum(x.numel() * (x.element_size() + 12) for x in module.parameters())
+    held = sum(
+        x.numel() * (x.element_size() + 12) * (p.expert_model_parallel_size if is_spread(x) else 1)
+        for x in module.parameters()
+    )
     return held * p.tensor_model_parallel_size * p.pipeline_model_parallel_size
 
 

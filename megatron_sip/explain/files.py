@@ -86,14 +86,16 @@ def references_kept(config: Config) -> int:
 
 def pools_at_most(config: Config) -> int:
     """Steps whose pools lie there at a time: just before a checkpoint is complete, whose pools and
-    those before it go as `disk.tidy` has them go."""
+    those before it go as `disk.tidy` has them go. An asynchronous one may be as
+    late as the next."""
     steps, keep, every = config.run.steps, config.run.keep_pools, config.checkpoint.keep_every
     if keep is None:
         return steps
     saved, most, gone = _saved_steps(config), 0, 0
+    later = saved[1:] + saved[-1:] if config.checkpoint.asynchronous else saved
     always = next((s for s in saved if every is not None and s % every == 0), steps)
     for i, step in enumerate(saved):
-        most = max(most, step - gone)
+        most = max(most, later[i] - gone)
         oldest = min(saved[max(0, i + 1 - config.checkpoint.keep_last)], always)
         gone = max(gone, min(oldest, step - keep))
     return most

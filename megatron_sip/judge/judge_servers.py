@@ -101,6 +101,6 @@ def open_servers(
     with ExitStack() as stack:
         cache = Cache(config.judge.cache_dir)
         stack.callback(cache.close)
-        fleet = stack.enter_context(text_fleet(config, names, log_dir=log_dir, say=say))
-        endpoints = fleet.endpoints
+        servers = stack.enter_context(text_fleet(config, names, log_dir=log_dir, say=say))
+        endpoints = servers.endpoints()
         yield JudgeServers({n: served_model(config, n, endpoints[n]) for n in names}, cache)

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -28,11 +29,12 @@ from megatron_sip.judge.cache import Cache
 from megatron_sip.judge.prompts import load_prompt
 from megatron_sip.judge.served_model import ServedModel
 from megatron_sip.rewriting.acceptance import FAILED, RULES
-from megatron_sip.rewriting.rewriter import Rewriter
+from megatron_sip.rewriting.rewriter import Rewrite, Rewriter, RewriterFailed
 from megatron_sip.rewriting.shards import SHARD_SAMPLES, Shards
 from megatron_sip.rewriting.unsafe import UnsafeDocuments
 from megatron_sip.services import served_model
 from megatron_sip.serving.client import Endpoint
+from megatron_sip.serving.supervisor import Supervisor
 from megatron_sip.serving.text_fleet import text_fleet
 from megatron_sip.types import SipSample
 
@@ -89,8 +91,9 @@ def rewrite_corpus(
         if shards.pending:
             with _open_rewriter(
                 config, server, tokenizer, log_dir=settings.output / "logs", say=say
-            ) as rewriter:
-                _write_all(shards, rewriter, config, sampler, tokenizer, unsafe=unsafe,
+            ) as (rewriter, servers):
+                write = partial(_written, rewriter, servers, seed=config.run.seed)
+                _write_all(shards, write, config, sampler, tokenizer, unsafe=unsafe,
                            max_failed=settings.max_failed)  # fmt: skip
         shards.finish()
     return shards.outcomes
@@ -158,26 +161,50 @@ def _open_rewriter(
     *,
     log_dir: Path,
     say: Callable[[str], None],
-) -> Iterator[Rewriter]:
+) -> Iterator[tuple[Rewriter, Supervisor]]:
     """The recipe's rewriter, with its server started or reached."""
     assert config.rewriter is not None and config.judge is not None
     name = config.rewriter.server
     with ExitStack() as stack:
-        fleet = stack.enter_context(text_fleet(config, [name], log_dir=log_dir, say=say))
+        servers = stack.enter_context(text_fleet(config, [name], log_dir=log_dir, say=say))
         cache = Cache(config.judge.cache_dir)
         stack.callback(cache.close)
-        yield Rewriter(
+        rewriter = Rewriter(
             config.rewriter,
-            server=replace(server, endpoint=fleet.endpoints[name]),
+            server=replace(server, endpoint=servers.endpoints()[name]),
             cache=cache,
             tokenizer=tokenizer,
             suffix_tokens=config.data.suffix_tokens,
         )
+        yield rewriter, servers
+
+
+def _written(
+    rewriter: Rewriter,
+    servers: Supervisor,
+    samples: Sequence[SipSample],
+    *,
+    seed: int,
+    unsafe: Sequence[bool | None],
+) -> list[Rewrite]:
+    """Rewrites of samples, asked for again after a server that died came back.
+
+    Raises: RewriterFailed if it is not asked again; ServerFailed if the restarts are spent.
+    """
+    while True:
+        try:
+            rewrites = rewriter.write(samples, seed=seed, unsafe=unsafe)
+        except RewriterFailed:
+            if not servers.settle():
+                raise
+            continue
+        if not any(r.outcome == FAILED for r in rewrites) or not servers.settle():
+            return rewrites
 
 
 def _write_all(
     shards: Shards,
-    rewriter: Rewriter,
+    write: Callable[..., list[Rewrite]],
     config: Config,
     sampler: PrefixSuffixSampler,
     tokenizer: Tokenizer,
@@ -197,9 +224,7 @@ def _write_all(
             rewrites, suffixes = [], []
             for first in range(0, len(wanted), chunk):
                 part = [sampler[i] for i in wanted[first : first + chunk]]
-                rewrites += rewriter.write(
-                    part, seed=config.run.seed, unsafe=[unsafe.known(s) for s in part]
-                )
+                rewrites += write(part, unsafe=[unsafe.known(s) for s in part])
                 suffixes += [
                     tokenizer.continuation_text(s.prefix_ids, s.suffix_ids)[1] for s in part
                 ]

@@ -15,11 +15,12 @@ from megatron_sip.supervision.heartbeat import HEART
 @contextmanager
 def text_fleet(
     config: Config, names: Sequence[str], *, log_dir: Path, say: Callable[[str], None]
-) -> Iterator[Fleet]:
+) -> Iterator[Supervisor]:
     """These servers of a recipe. One that dies is started anew, as in a run; once its restarts are
     spent, requests to it fail at once.
 
     Args:   log_dir: for the logs of started ones. say: tells a person who is started or waited for.
+    Yields: their supervisor; `settle` waits for one that died.
     Raises: ServerFailed if one does not come up.
     """
     chosen = {name: config.servers[name] for name in names}
@@ -41,4 +42,4 @@ def text_fleet(
             names=chosen.keys() - folders.keys(),
         )
         supervisor.settle()
-        yield fleet
+        yield supervisor

@@ -38,7 +38,8 @@ def hold(run_dir: Path, *, patience_s: float = PATIENCE_S) -> int:
             os.close(lock)
             raise RunInUse(_in_use(run_dir))
         time.sleep(POLL_S)
-    os.register_at_fork(after_in_child=lambda: os.close(lock))
+    held = [lock]  # a child of a child has it no more: the number may be another file's
+    os.register_at_fork(after_in_child=lambda: os.close(held.pop()) if held else None)
     os.ftruncate(lock, 0)
     os.pwrite(lock, json.dumps({"host": socket.gethostname(), "pid": os.getpid()}).encode(), 0)
     return lock

@@ -18,6 +18,7 @@ from megatron_sip.model import (
     build_module,
     frozen_copy,
     initialize_randomly,
+    is_spread,
     transformer_config,
     wrap_data_parallel,
 )
@@ -73,6 +74,7 @@ def measured_step(ctx: Context, config: Config, vocab_size: int) -> dict[str, An
     return {
         "place": (ctx.ranks.tp_rank, ctx.ranks.pp_rank, ctx.ranks.dp_rank),
         "parts": parts(module),
+        "spread": sum(p.numel() for p in module.parameters() if is_spread(p)),
         "weights": sum(b.param_data.nbytes for b in policy.grad_buffers),
         "gradients": sum(b.grad_data.nbytes for b in policy.grad_buffers),
         "optimizer": storage_bytes(state, without=own),

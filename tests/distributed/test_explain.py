@@ -71,6 +71,7 @@ def test_parameters_of_every_rank_are_those_of_the_real_model(
     for rank, real in enumerate(measured(workers, layout, tied)):
         assert place(rank, config.parallel) == real["place"]
         assert found.per_rank[real["place"][1]] == real["parts"]
+        assert real["spread"] == real["parts"]["experts"]
 
 
 @pytest.mark.parametrize(("layout", "tied"), [*CASES, (SPREAD, False)], ids=str)

@@ -112,8 +112,8 @@ def pairwise_overrides(
     config = load_config(recipe, tuple(overrides))
     assert config.judge is not None
     folder = Path(config.servers["judge"].model)
-    with text_fleet(config, ["judge"], log_dir=log_dir, say=print) as fleet:
-        endpoint = fleet.endpoints["judge"]
+    with text_fleet(config, ["judge"], log_dir=log_dir, say=print) as servers:
+        endpoint = servers.endpoints()["judge"]
         judge = LikelihoodPairs(endpoint, folder)
         with scripted_server(judge.answer, model=NAME) as url:
             connect = {"kind": "connect", "tokenizer": str(folder)}

@@ -57,8 +57,8 @@ def test_scores_of_both_routes_are_the_model_s(workplace, model):
     )
     config = load_config(recipe)
     cache = Cache(config.judge.cache_dir)
-    with text_fleet(config, ["reward"], log_dir=workplace.folder / "logs", say=print) as fleet:
-        served = served_model(config, "reward", fleet.endpoints["reward"])
+    with text_fleet(config, ["reward"], log_dir=workplace.folder / "logs", say=print) as servers:
+        served = served_model(config, "reward", servers.endpoints()["reward"])
         judge = Judge(
             config.judge.criteria, servers={"reward": served}, cache=cache, settings=config.judge,
             prefix_text=lambda sample, n: PREFIX, suffix_text=lambda sample: "",

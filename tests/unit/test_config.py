@@ -205,6 +205,14 @@ EXPERTS = (
             "world_size 3 must be a multiple of TP x PP = 2",
         ),
         (
+            ["parallel.world_size=8", "evaluation.num_prefixes=7"],
+            "evaluation.num_prefixes 7 must not be below the data-parallel size 8",
+        ),
+        (
+            ["parallel.world_size=2", "evaluation.interval=4", "evaluation.interval_prefixes=1"],
+            "evaluation.interval_prefixes 1 must not be below the data-parallel size 2",
+        ),
+        (
             ["parallel.expert_model_parallel_size=2", "parallel.world_size=2"],
             "parallel.expert_model_parallel_size 2 needs [model.experts]",
         ),

@@ -26,6 +26,10 @@ def fail(word):
     raise ValueError(word)
 
 
+def unpicklable():
+    return lambda: 1
+
+
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -74,6 +78,8 @@ def test_what_cannot_be_pickled_is_an_error_of_its_task(pool):
         pool.submit(lambda: 1).result(timeout=60)
     with pytest.raises(ValueError, match="no such thing"):
         pool.submit(Broken).result(timeout=60)
+    with pytest.raises(Exception, match="pickle"):
+        pool.submit(unpicklable).result(timeout=60)
     assert [pool.submit(answer, n).result(timeout=60)[0] for n in range(9)] == list(range(9))
 
 

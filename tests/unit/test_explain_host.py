@@ -28,34 +28,43 @@ def save(run_dir: Path, step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "interval", "keep_last", "keep_every", "keep_pools", "most"),
+    ("steps", "interval", "keep_last", "keep_every", "keep_pools", "late", "most"),
     [
-        (23, 5, 2, None, None, 23),
-        (23, 5, 2, None, 1, 10),
-        (23, 5, 2, None, 7, 12),
-        (23, 5, 1, None, 3, 8),
-        (23, 5, 1, 10, 3, 13),  # the checkpoint of step 10 keeps what came after it
-        (23, 1, 1, None, 2, 3),
-        (6, 50, 2, None, 1, 6),
+        (23, 5, 2, None, None, False, 23),
+        (23, 5, 2, None, 1, False, 10),
+        (23, 5, 2, None, 1, True, 15),
+        (23, 5, 2, None, 7, False, 12),
+        (23, 5, 1, None, 3, False, 8),
+        (23, 5, 1, None, 3, True, 13),
+        (23, 5, 1, 10, 3, False, 13),  # the checkpoint of step 10 keeps what came after it
+        (23, 1, 1, None, 2, False, 3),
+        (23, 1, 1, None, 2, True, 4),
+        (6, 50, 2, None, 1, False, 6),
     ],
 )
 def test_pools_are_never_more_than_said_and_once_as_many(
     tmp_path: Path, steps: int, interval: int, keep_last: int, keep_every: int | None,
-    keep_pools: int | None, most: int,
+    keep_pools: int | None, late: bool, most: int,
 ) -> None:  # fmt: skip
     wanted = {"checkpoint.keep_every": keep_every, "run.keep_pools": keep_pools}
     overrides = [f"{key}={value}" for key, value in wanted.items() if value is not None]
     overrides += [f"run.steps={steps}", f"checkpoint.interval={interval}"]
     overrides += [f"checkpoint.keep_last={keep_last}", f"run.dir={tmp_path}"]
+    overrides += [f"checkpoint.asynchronous={str(late).lower()}"]
     config = load_config(RECIPE, tuple(overrides))
     create_run_dir(tmp_path, config)
-    found = []
+    found, begun = [], []
     for step in range(1, steps + 1):  # as the loop: pools, then a checkpoint, then what goes
         (tmp_path / "pools" / f"step_{step - 1:08d}.done").touch()
         found.append(len(list((tmp_path / "pools").glob("*.done"))))
         if step % interval == 0 or step == steps:
-            save(tmp_path, step)
-            disk.tidy(config)
+            begun.append(step)
+            for done in (
+                [*begun[:-1]] if late and step < steps else [*begun]
+            ):  # late: before the next one
+                save(tmp_path, done)
+                disk.tidy(config)
+                begun.remove(done)
     assert pools_at_most(config) == max(found) == most
 
 

@@ -10,6 +10,8 @@ import runpy
 import signal
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -24,10 +26,12 @@ from megatron_sip.data.tokenizer import Tokenizer
 from megatron_sip.judge.cache import Cache
 from megatron_sip.recipe import load_config
 from megatron_sip.rewriting import corpus, shards
-from megatron_sip.rewriting.corpus import Pass, RewritesFailed, rewrite_corpus
-from megatron_sip.rewriting.rewriter import Rewriter
+from megatron_sip.rewriting.acceptance import FAILED
+from megatron_sip.rewriting.corpus import Pass, RewritesFailed, _written, rewrite_corpus
+from megatron_sip.rewriting.rewriter import Rewriter, RewriterFailed
 from megatron_sip.services import served_model
 from megatron_sip.serving.client import Endpoint
+from megatron_sip.serving.processes import ServerFailed
 
 TOOL = Path(__file__).parents[2] / "tools" / "rewrite_corpus.py"
 SAMPLES = 50
@@ -353,3 +357,38 @@ def test_unsafe_documents_are_those_of_the_mask(tmp_path):
     with pytest.raises(ValueError, match=r"data\.gone"):
         rewrite_corpus(config, Pass(tmp_path / "other", 1, unsafe_mask="gone"))
     assert corpus_.num_documents == NUM_DOCUMENTS
+
+
+class Scripted:
+    """A rewriter and the supervisor of its server in one: what each call gives, in order."""
+
+    def __init__(self, *answers: object) -> None:
+        self.answers = list(answers)
+
+    def write(self, samples: object, *, seed: int, unsafe: object) -> object:
+        return self._next()
+
+    def settle(self) -> object:
+        return self._next()
+
+    def _next(self) -> object:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+KEPT, LOST = [SimpleNamespace(outcome="kept")], [SimpleNamespace(outcome=FAILED)]
+
+
+def test_what_a_dead_server_left_is_asked_again_once_it_is_back() -> None:
+    both: Any = Scripted(RewriterFailed("gone"), True, LOST, True, KEPT)
+    assert _written(both, both, [], seed=1, unsafe=[]) is KEPT
+    both = Scripted(LOST, False)
+    assert _written(both, both, [], seed=1, unsafe=[]) is LOST  # the server lives: --max-failed
+    both = Scripted(RewriterFailed("gone"), False)
+    with pytest.raises(RewriterFailed):
+        _written(both, both, [], seed=1, unsafe=[])
+    both = Scripted(RewriterFailed("gone"), ServerFailed("judge", reason="spent"))
+    with pytest.raises(ServerFailed, match="spent"):
+        _written(both, both, [], seed=1, unsafe=[])

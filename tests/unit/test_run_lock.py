@@ -118,3 +118,26 @@ def test_a_file_system_without_locks_is_named(
     monkeypatch.setattr(fcntl, "flock", refuse)
     with pytest.raises(ValueError, match=r"file system has no locks \(.*; mount it with them"):
         hold(tmp_path)
+
+
+GRANDCHILD = """
+import os, sys
+from pathlib import Path
+from megatron_sip.supervision.run_lock import hold
+lock = hold(Path(sys.argv[1]))
+if os.fork() == 0:  # the lock's number is free here, and another file takes it
+    other = os.open(sys.argv[1] + "/other", os.O_WRONLY | os.O_CREAT)
+    assert other == lock
+    if os.fork() == 0:
+        os.write(other, b"there")
+        os._exit(0)
+    os._exit(os.wait()[1] >> 8)
+sys.exit(os.wait()[1] >> 8)
+"""
+
+
+def test_a_child_of_a_child_keeps_its_files(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", GRANDCHILD, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    assert (tmp_path / "other").read_bytes() == b"there"

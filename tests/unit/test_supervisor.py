@@ -163,7 +163,8 @@ def test_a_tools_server_comes_back_and_is_not_waited_for_once_its_restarts_are_s
     monkeypatch.setattr(text_fleet_module, "HEART", heart)
     judge = StartServer(kind="start", model=tmp_path, max_model_len=64, max_restarts=1)
     config: Any = SimpleNamespace(servers={"judge": judge}, platform=SimpleNamespace(kind="cpu"))
-    with text_fleet(config, ["judge"], log_dir=tmp_path / "logs", say=said.append) as fleet:
+    with text_fleet(config, ["judge"], log_dir=tmp_path / "logs", say=said.append) as servers:
+        fleet = servers._fleet
         before, first = fleet.endpoints["judge"], fleet._running["judge"]
         for again in (1, 0):
             os.kill(fleet._running["judge"].pid, signal.SIGKILL)

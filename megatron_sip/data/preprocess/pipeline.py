@@ -103,7 +103,7 @@ def preprocess(inputs: Sequence[str], settings: Settings) -> dict[str, Manifest]
 
 @contextmanager
 def _pool(settings: Settings, tokenizer: Tokenizer, *, exact: bool) -> Iterator[WorkerPool]:
-    """Tokenizing processes, which load their tokenizer at once. Raises: ValueError if one dies."""
+    """Tokenizing processes. Raises: ValueError if one dies."""
     work = Work(
         tokenizer=settings.tokenizer,
         vocab_size=tokenizer.vocab_size,

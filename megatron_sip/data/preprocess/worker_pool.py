@@ -38,12 +38,16 @@ class WorkerPool:
     ) -> None:
         """Start the processes; each calls start(*arguments) first."""
         self._tasks: queue.Queue[_Task | None] = queue.Queue()
-        self._workers = [
-            _Worker.launched(self._tasks, context, start, arguments) for _ in range(workers)
-        ]
+        self._workers: list[_Worker] = []
+        try:
+            for _ in range(workers):
+                self._workers.append(_Worker.launched(self._tasks, context, start, arguments))
+        except BaseException:
+            self.close()
+            raise
 
     def submit(self, function: Callable[..., _R], *arguments: Any) -> Future[_R]:
-        """A task for the first worker that is free; function and arguments can be pickled.
+        """A task for the first worker that has room; function and arguments can be pickled.
 
         Returns: its outcome: what the function returns or raises, or WorkerDiedError.
         """
@@ -52,7 +56,8 @@ class WorkerPool:
         return future
 
     def close(self) -> None:
-        """End the workers, whatever they do; tasks without an outcome get none."""
+        """End the workers, whatever they do. Tasks that they had get WorkerDiedError, others no
+        outcome."""
         with suppress(queue.Empty):
             while True:
                 self._tasks.get_nowait()
@@ -141,8 +146,8 @@ def _serve(link: Connection, start: Callable[..., None], arguments: tuple[Any, .
         except EOFError:
             return
         try:
-            answer = True, function(*inputs)
+            answer = ForkingPickler.dumps((True, function(*inputs)))
         except Exception as error:
             error.add_note(f"in a worker:\n{traceback.format_exc()}")
-            answer = False, error
-        link.send(answer)
+            answer = ForkingPickler.dumps((False, error))
+        link.send_bytes(answer)

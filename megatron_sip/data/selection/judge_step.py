@@ -129,10 +129,12 @@ def open_judge(
             f"{', '.join(pointwise) or 'none'}"
         )
     with ExitStack() as stack:
-        fleet = stack.enter_context(text_fleet(config, criterion.servers, log_dir=log_dir, say=say))
+        servers = stack.enter_context(
+            text_fleet(config, criterion.servers, log_dir=log_dir, say=say)
+        )
         cache = Cache(config.judge.cache_dir)
         stack.callback(cache.close)
-        models = {n: served_model(config, n, fleet.endpoints[n]) for n in criterion.servers}
+        models = {n: served_model(config, n, servers.endpoints()[n]) for n in criterion.servers}
         model = models[criterion.servers[0]]  # all serve the same
         prompt = load_prompt(criterion.prompt)
         yield (
