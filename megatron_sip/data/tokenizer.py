@@ -38,8 +38,6 @@ class Tokenizer(ABC):
     vocab_size: int
     eod: int
     special_texts: tuple[str, ...]
-    _has_piece: np.ndarray
-    """bool[vocab_size + 1]; the last stands for every id from vocab_size on."""
 
     @staticmethod
     def load(path: Path) -> Tokenizer:
@@ -90,10 +88,14 @@ class Tokenizer(ABC):
                 "they come from another tokenizer or from padding of the vocabulary"
             )
         array = array[array != self.eod]
-        unknown = np.flatnonzero(~self._has_piece[np.minimum(array, self.vocab_size)])
+        unknown = np.flatnonzero(self._lacks_piece(array))
         known, *rest = np.split(array, unknown)  # each of the rest begins with an unknown id
         text = self._decode(known.tolist())
         return text + "".join(UNKNOWN + self._decode_within(part[1:].tolist()) for part in rest)
+
+    def _lacks_piece(self, ids: np.ndarray) -> np.ndarray:
+        """bool[T] of int64[T]."""
+        return ids >= self.vocab_size
 
     def _decode_within(self, ids: list[int]) -> str:
         """Text of ids that do not begin it: a leading space, which some decoders drop, stays."""
@@ -143,7 +145,6 @@ class SentencePieceTokenizer(Tokenizer):
             ) from None
         self.digest = hashlib.sha256(data).hexdigest()
         self.vocab_size = self._processor.vocab_size()
-        self._has_piece = np.arange(self.vocab_size + 1) < self.vocab_size
         self.eod = self._processor.eos_id()
         if self.eod < 0:
             raise ValueError(
@@ -194,9 +195,8 @@ class JsonTokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.digest = hashlib.sha256(data).hexdigest()
-        known = list(self._tokenizer.get_vocab().values())
-        self.vocab_size = max(known) + 1
-        self._has_piece = np.isin(np.arange(self.vocab_size + 1), known)
+        self._known = np.array(list(self._tokenizer.get_vocab().values()))
+        self.vocab_size = int(self._known.max()) + 1
         added = self._tokenizer.get_added_tokens_decoder()
         special = {token.content: i for i, token in added.items() if token.special}
         self.special_texts = tuple(special)
@@ -207,6 +207,9 @@ class JsonTokenizer(Tokenizer):
                 "no tokenizer_config.json beside it names its eos_token; add one"
             )
         self.eod = special[ends[0]]
+
+    def _lacks_piece(self, ids: np.ndarray) -> np.ndarray:
+        return ~np.isin(ids, self._known)
 
     def encode(self, text: str) -> list[int]:
         with panics_told(self._broken):
