@@ -195,8 +195,9 @@ class JsonTokenizer(Tokenizer):
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.digest = hashlib.sha256(data).hexdigest()
-        self._known = np.array(list(self._tokenizer.get_vocab().values()))
-        self.vocab_size = int(self._known.max()) + 1
+        known = list(self._tokenizer.get_vocab().values())
+        self.vocab_size = max(known) + 1
+        self._has_piece = np.isin(np.arange(self.vocab_size + 1), known)
         added = self._tokenizer.get_added_tokens_decoder()
         special = {token.content: i for i, token in added.items() if token.special}
         self.special_texts = tuple(special)
@@ -209,7 +210,7 @@ class JsonTokenizer(Tokenizer):
         self.eod = special[ends[0]]
 
     def _lacks_piece(self, ids: np.ndarray) -> np.ndarray:
-        return ~np.isin(ids, self._known)
+        return ~self._has_piece[np.minimum(ids, self.vocab_size)]
 
     def encode(self, text: str) -> list[int]:
         with panics_told(self._broken):
