@@ -47,15 +47,21 @@ ATTENTION = {  # the counter knows the GPU's kernels; of the CPU's the shapes ar
 }
 
 
-def measured_step(ctx: Context, config: Config, vocab_size: int) -> dict[str, Any]:
-    """Bytes and FLOPs of this rank in the recipe's first optimizer step, with frozen reference."""
+def learner_of(ctx: Context, config: Config, vocab_size: int) -> Learner:
+    """What the recipe trains, with random weights."""
     model_config = transformer_config(config.model, config.parallel, ctx.platform)
     module = build_module(model_config, config.model, ctx.platform, vocab_size=vocab_size)
     initialize_randomly(module, config.model, seed=1)
     policy = wrap_data_parallel(model_config, module, config.optimizer, ctx.platform)
     optimizer = build_optimizer(policy, config.optimizer, ctx.platform)
     scheduler = build_scheduler(optimizer, config.optimizer, steps=config.run.steps)
-    learner = Learner(policy, optimizer, scheduler, ctx.ranks, ctx.platform)
+    return Learner(policy, optimizer, scheduler, ctx.ranks, ctx.platform)
+
+
+def measured_step(ctx: Context, config: Config, vocab_size: int) -> dict[str, Any]:
+    """Bytes and FLOPs of this rank in the recipe's first optimizer step, with frozen reference."""
+    learner = learner_of(ctx, config, vocab_size)
+    policy, module, optimizer = learner.policy, learner.policy.module, learner.optimizer
     frozen = frozen_copy(policy, config, ctx.platform, vocab_size=vocab_size)
     own = {b.param_data.untyped_storage().data_ptr() for b in policy.grad_buffers}
     saved: dict[int, torch.Tensor] = {}

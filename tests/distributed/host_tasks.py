@@ -8,17 +8,11 @@ from typing import Any
 
 import tasks
 import torch
+from explain_tasks import learner_of, optimizer_tensors
 from workers import Context
 
 from megatron_sip import checkpoint, checkpoint_writing
 from megatron_sip.config import Config
-from megatron_sip.model import (
-    build_module,
-    initialize_randomly,
-    transformer_config,
-    wrap_data_parallel,
-)
-from megatron_sip.optimizer import build_optimizer, build_scheduler
 from megatron_sip.rollout.control import ControlClient
 from megatron_sip.rollout.shared_memory import SharedMemorySender
 from megatron_sip.rollout.weight_source import MegatronWeightSource
@@ -27,15 +21,11 @@ from megatron_sip.types import TrainState
 
 def host_bytes(ctx: Context, config: Config, vocab_size: int, folder: str) -> dict[str, int]:
     """Bytes of this rank: files in shared memory, and tensors that only a save under way holds."""
-    model_config = transformer_config(config.model, config.parallel, ctx.platform)
-    module = build_module(model_config, config.model, ctx.platform, vocab_size=vocab_size)
-    initialize_randomly(module, config.model, seed=1)
-    policy = wrap_data_parallel(model_config, module, config.optimizer, ctx.platform)
-    optimizer = build_optimizer(policy, config.optimizer, ctx.platform)
-    scheduler = build_scheduler(optimizer, config.optimizer, steps=config.run.steps)
+    learner = learner_of(ctx, config, vocab_size)
+    policy, optimizer = learner.policy, learner.optimizer
     policy.ddp.zero_grad_buffer()
     optimizer.step()  # before the first one it holds nothing
-    own = {buffer.param_data.untyped_storage().data_ptr() for buffer in policy.ddp.buffers}
+    own = {buffer.param_data.untyped_storage().data_ptr() for buffer in policy.grad_buffers}
     own |= set(storages(optimizer_tensors(optimizer)))
     held: list[dict[int, int]] = []
     writer: Any = checkpoint_writing.Writer
@@ -48,7 +38,7 @@ def host_bytes(ctx: Context, config: Config, vocab_size: int, folder: str) -> di
     writer.start = start_measured
     try:
         checkpoint.save(
-            Path(folder), policy=policy, optimizer=optimizer, scheduler=scheduler,
+            Path(folder), policy=policy, optimizer=optimizer, scheduler=learner.scheduler,
             state=TrainState(1, 8, 1, {}, {}), identity=tasks.identity_of(config.model),
             asynchronous=True,
         ).finish()  # fmt: skip
@@ -67,14 +57,6 @@ def host_bytes(ctx: Context, config: Config, vocab_size: int, folder: str) -> di
         slots = sum(path.stat().st_blocks * 512 for path in sender.root.iterdir())
         sender.close()
     return {"slots": slots, "copy": sum(n for at, n in copies.items() if at not in own)}
-
-
-def optimizer_tensors(optimizer: Any) -> Iterable[torch.Tensor]:
-    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
-        for group in one.optimizer.param_groups:
-            yield from group["params"]
-        for state in one.optimizer.state.values():
-            yield from state.values()
 
 
 def storages(values: Iterable[Any]) -> dict[int, int]:
